@@ -1,0 +1,55 @@
+# Two commands do everything: `make demo` and `make test`. Each sets up what it needs.
+SHELL := /bin/sh
+PYTHON := .venv/bin/python
+NEWEST := .venv-newest/bin/python
+
+.PHONY: install demo test test-newest check bench gpu image lock clean
+
+install: .venv/installed
+
+.venv/installed: requirements/pinned.txt pyproject.toml
+	python=$$(requirements/find-python 3.9 3.10 3.11 3.12 3.13) && "$$python" -m venv .venv
+	$(PYTHON) -m pip install --quiet --requirement requirements/pinned.txt
+	$(PYTHON) -m pip install --quiet --no-deps --editable .
+	touch $@
+
+.venv-newest/installed: requirements/newest.txt pyproject.toml
+	python=$$(requirements/find-python 3.11) && "$$python" -m venv .venv-newest
+	$(NEWEST) -m pip install --quiet --requirement requirements/newest.txt
+	$(NEWEST) -m pip install --quiet --no-deps --editable .
+	touch $@
+
+demo: install
+	.venv/bin/vton demo
+
+test: install
+	$(PYTHON) -m pytest -m "not gpu"
+
+test-newest: .venv-newest/installed
+	$(NEWEST) -m pytest -m "not gpu"
+
+check: install
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+	$(PYTHON) -m pytest -q tests/test_architecture.py
+
+bench: install
+	$(PYTHON) -m bench.pipeline --config tiny --device cpu
+
+gpu: install
+	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m bench.pipeline --config sd15 --device cuda --json bench/results/gpu.json
+
+image:
+	docker build --target sagemaker --tag vton-endpoint .
+
+lock: .venv-lock/bin/uv
+	requirements/lock.sh $<
+
+.venv-lock/bin/uv:
+	python=$$(requirements/find-python 3.11 3.12 3.13 3.10 3.9) && "$$python" -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet uv
+
+clean:
+	rm -rf .venv .venv-newest .venv-lock vton_output *.egg-info

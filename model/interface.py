@@ -1,0 +1,101 @@
+"""What an engine takes and gives, for every caller above `model/`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, Union
+
+import numpy as np
+from numpy.typing import NDArray
+
+Image = NDArray[np.uint8]  # (H, W, 3) RGB, or (H, W) for a mask
+EMBEDDED = "embedded"  # the value of `weights` that names the small model that ships in the repository
+
+
+class EngineError(Exception):
+    """The engine made no picture; the text is for the log, never for the caller."""
+
+
+class OutOfMemory(EngineError):
+    """The device had too little memory for this picture; the next one may fit."""
+
+
+class DeviceFailed(EngineError):
+    """The device is unusable until the process is replaced (a sticky CUDA error)."""
+
+
+class BadPicture(EngineError):
+    """The model produced NaN or an all-constant picture."""
+
+
+@dataclass(frozen=True)
+class TryOnInputs:
+    """The pictures of one try-on.
+
+    Attributes:
+        person: HWC uint8 RGB, upright.
+        garment: HWC uint8 RGB on white, any size.
+        mask: HW uint8, same height and width as person, 255 where cloth is repainted, else 0.
+    """
+
+    person: Image
+    garment: Image
+    mask: Image
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How one picture is made.
+
+    Attributes:
+        steps: denoising steps, 1-100.
+        guidance: classifier-free guidance scale, 1-10; 1 turns guidance off.
+        seed: 0..2**63-1; the same seed gives the same picture on the same device and versions.
+        width: of the picture, px, a multiple of 8.
+        height: of the picture, px, a multiple of 8.
+    """
+
+    steps: int
+    guidance: float
+    seed: int
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine is loaded.
+
+    Attributes:
+        weights: `"embedded"`, or the directory of weights in the published layout.
+        variant: which published weights, e.g. "mix", "vitonhd", "dresscode".
+        device: "auto", "cuda" or "cpu"; "auto" takes CUDA where there is one.
+        dtype: "auto", "float16", "bfloat16" or "float32"; "auto" is float16 on CUDA and float32 on the CPU.
+        tf32: allow TF32 matrix products on CUDA.
+        progress: show a bar of the denoising steps on stderr.
+    """
+
+    weights: Union[str, Path]
+    variant: str = "mix"
+    device: str = "auto"
+    dtype: str = "auto"
+    tf32: bool = True
+    progress: bool = False
+
+
+class Engine(Protocol):
+    """One loaded model. Immutable after load; called by one thread at a time."""
+
+    @property
+    def name(self) -> str:
+        """What the answer calls it, e.g. "catvton/mix"; "catvton/embedded" for the small model of the repository."""
+
+    def generate(self, inputs: TryOnInputs, settings: GenerationSettings) -> Image:
+        """The person in the garment, without compositing.
+
+        Returns:
+            HWC uint8 RGB of exactly (settings.height, settings.width).
+        Raises:
+            OutOfMemory, DeviceFailed, BadPicture, EngineError.
+        """
