@@ -1,0 +1,261 @@
+"""The `vton` command."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import NoReturn
+
+import click
+import numpy as np
+from PIL import Image as Pillow
+
+from container.errors import ImageNotDecodable, ImageNotFound, ImageTooLarge, TryOnError
+from container.fetch import MAX_BYTES, Fetcher
+from container.get_vton import Pictures, prepare
+from container.images import FILE_OF, decode, decode_mask
+from container.request import CallContext, TryOnRequest, TryOnResult, parse
+from container.settings import Settings, SettingsError
+from container.telemetry import configure_logging
+from container.wiring import App, build, https_fetcher
+from model import geometry, weights
+
+OUTPUT_DIR = Path("vton_output")
+EXIT_SETTINGS = 78  # sysexits: configuration
+EXIT_OUTPUT = 73  # sysexits: cannot create the output
+EXIT_RETRY = 75  # sysexits: temporary failure
+EXIT_OF_CODE = {
+    "invalid_request": 64,
+    "mask_invalid": 65,
+    "person_not_found": 65,
+    "image_not_decodable": 65,
+    "image_format_not_permitted": 65,
+    "image_too_small": 65,
+    "image_too_many_pixels": 65,
+    "image_too_large": 65,
+    "image_not_found": 66,
+    "internal": 70,
+    "generation_failed": 70,
+    "url_not_permitted": 77,
+    "address_not_permitted": 77,
+    "too_many_redirects": 77,
+}
+LOAD_LIMIT_S = 3600.0  # of the model, on the slowest disk
+POLL_S = 0.1
+
+
+class PathsAndUrls:
+    """Images from paths, and from URLs as the service fetches them. Remembers what it read.
+
+    Args:
+        urls: fetches what looks like a URL.
+    """
+
+    def __init__(self, urls: Fetcher) -> None:
+        self._urls = urls
+        self.seen: dict[str, bytes] = {}
+
+    def fetch(self, ref: str, *, user_id: str, deadline: float) -> bytes:
+        """The bytes behind a path or URL.
+
+        Raises:
+            ImageNotFound, ImageNotDecodable, ImageTooLarge, and what the service's fetcher raises.
+        """
+        if "://" in ref:
+            self.seen[ref] = self._urls.fetch(ref, user_id=user_id, deadline=deadline)
+        else:
+            self.seen[ref] = _read(Path(ref))
+        return self.seen[ref]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="vton-endpoint")
+def main() -> None:
+    """Virtual try-on: a person, a top and a bottom in, one picture out."""
+
+
+@main.command()
+@click.option("--person", required=True, help="Path or URL of the person's photo.")
+@click.option("--upper", help="Path or URL of the top.")
+@click.option("--lower", help="Path or URL of the bottom.")
+@click.option("--overall", help="Path or URL of a dress or other full garment.")
+@click.option("--mask", help="Path or URL of the mask: white is repainted.")
+@click.option("--cloth-type", default="overall", show_default=True, help="upper, lower, overall, inner or outer.")
+@click.option("--steps", type=int, help="Denoising steps, 1-100.")
+@click.option("--guidance", type=float, help="Guidance scale, 1-10.")
+@click.option("--seed", type=int, default=42, show_default=True, help="-1 draws one.")
+@click.option("--composite", default="repaint", show_default=True, help="repaint or none.")
+@click.option("--output-size", default="model", show_default=True, help="model (768x1024) or person.")
+@click.option("--format", "output_format", default="jpeg", show_default=True, help="jpeg, png or webp.")
+@click.option("--user-id", default="local", show_default=True, help="userId of the request.")
+@click.option("--timestamp", help="timestamp of the request; by default now.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="File; by default one in ./vton_output.")
+@click.option("--force", is_flag=True, help="Overwrite the output.")
+@click.option("--side-by-side", is_flag=True, help="Also write the strip person | masked | garment | result.")
+def run(output: Path | None, force: bool, side_by_side: bool, timestamp: str | None, **options: object) -> None:
+    """Dress a person. Settings come from VTON_ variables, as for the endpoint."""
+    timestamp = timestamp or datetime.now().astimezone().strftime("%y%m%d-%H%M%S")
+    try:
+        request = _request(timestamp, **options)
+        suffix, _ = FILE_OF[request.output_format]
+        output = output or OUTPUT_DIR / f"result-{timestamp}.{suffix}"
+        _refuse_to_overwrite(output, force)
+        with tempfile.TemporaryDirectory() as kept:
+            settings = Settings.from_env(os.environ).model_copy(update={"bucket": None, "output_dir": Path(kept)})
+            configure_logging("WARNING")
+            fetcher = PathsAndUrls(https_fetcher(settings))
+            app = build(settings, fetcher=fetcher, progress=sys.stderr.isatty())
+            result = _run(app, request)
+            _write(output, (Path(kept) / result.object_key).read_bytes())
+        click.echo(json.dumps({**asdict(result), "path": str(output)}, indent=2))
+        if side_by_side:
+            strip = output.with_name(f"{output.stem}-side-by-side.png")
+            _write_strip(strip, fetcher, request, output)
+            click.echo(f"side by side: {strip}", err=True)
+    except TryOnError as exc:
+        code = EXIT_OF_CODE.get(exc.code, EXIT_RETRY)
+        _end(code, f"{exc.code}: {exc.public}" + (f" ({exc.field})" if exc.field else ""))
+    except (SettingsError, weights.WeightsError) as exc:
+        _end(EXIT_SETTINGS, str(exc))
+
+
+@main.command()
+def serve() -> None:
+    """Serve /ping and /invocations, as the container does. Settings come from VTON_ variables."""
+    from container.server import main as serve_main
+
+    sys.exit(serve_main())
+
+
+@main.command()
+@click.option("--output", "-o", type=click.Path(path_type=Path), default=OUTPUT_DIR / "demo", show_default=True)
+def demo(output: Path) -> None:
+    """Run the whole service on this machine and call it as a backend would, through boto3."""
+    try:
+        from deploy.demo import run_demo
+    except ModuleNotFoundError as exc:
+        _end(EXIT_SETTINGS, f"the demo needs {exc.name}: pip install 'vton-endpoint[demo]'")
+    run_demo(output)
+
+
+@main.group("weights")
+def weights_group() -> None:
+    """The published weights: list, download, verify."""
+
+
+_DIRECTORY = click.option(
+    "--dir", "directory", type=click.Path(path_type=Path), default=Path("weights"), show_default=True
+)
+_VARIANT = click.option("--variant", default="mix", show_default=True, help="mix, vitonhd or dresscode.")
+
+
+@weights_group.command("list")
+@_DIRECTORY
+def weights_list(directory: Path) -> None:
+    """Every file that an engine needs, and what of it is here."""
+    for line in weights.listing(directory):
+        here = "here" if line.present else "-"
+        size = "?" if line.bytes is None else f"{line.bytes:,}"
+        click.echo(f"{here:5} {size:>15}  {line.file}  [{', '.join(line.parts)}]  {line.licence}")
+
+
+@weights_group.command("download")
+@_DIRECTORY
+@_VARIANT
+def weights_download(directory: Path, variant: str) -> None:
+    """Fetch the published files and record their hashes."""
+    for repository in weights.manifest():
+        click.echo(f"{repository.repo_id}: {repository.licence}. {repository.notice}", err=True)
+    try:
+        weights.download(directory, "catvton", variant)
+    except (weights.WeightsError, ValueError) as exc:
+        _end(EXIT_SETTINGS, str(exc))
+
+
+@weights_group.command("verify")
+@_DIRECTORY
+@_VARIANT
+def weights_verify(directory: Path, variant: str) -> None:
+    """Compare the files with their recorded hashes."""
+    try:
+        verification = weights.verify(directory, "catvton", variant)
+    except (weights.WeightsError, ValueError) as exc:
+        _end(EXIT_SETTINGS, str(exc))
+    how = (
+        "match their record" if verification.verified else "are recorded now" if verification.recorded else "are there"
+    )
+    click.echo(f"{verification.files} files, {verification.bytes:,} bytes: all {how}")
+
+
+def _request(timestamp: str, **options: object) -> TryOnRequest:
+    fields = {
+        "person_image_url": options["person"],
+        "upper_cloth_url": options["upper"],
+        "lower_cloth_url": options["lower"],
+        "overall_cloth_url": options["overall"],
+        "mask_image_url": options["mask"],
+        "num_inference_steps": options["steps"],
+        "guidance_scale": options["guidance"],
+        "userId": options["user_id"],
+        "timestamp": timestamp,
+    }
+    same_name = ("cloth_type", "seed", "composite", "output_size", "output_format")
+    return parse({**fields, **{name: options[name] for name in same_name}})
+
+
+def _run(app: App, request: TryOnRequest) -> TryOnResult:
+    app.worker.start()
+    ends = time.monotonic() + LOAD_LIMIT_S
+    while not app.worker.wait_until_loaded(POLL_S) and time.monotonic() < ends:
+        pass
+    if app.worker.failure is not None:
+        raise SettingsError(str(app.worker.failure)) from app.worker.failure
+    deadline = time.monotonic() + LOAD_LIMIT_S  # the one who waits here can stop by hand
+    return app.service.run(request, deadline, CallContext(request_id=request.timestamp))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if path.is_dir():
+            raise ImageNotDecodable(f"{path} is a directory")
+        if path.stat().st_size > MAX_BYTES:
+            raise ImageTooLarge(str(path))
+        return path.read_bytes()
+    except OSError as exc:
+        raise ImageNotFound(str(path)) from exc
+
+
+def _refuse_to_overwrite(output: Path, force: bool) -> None:
+    if output.is_dir() or (output.exists() and not force):
+        _end(EXIT_OUTPUT, f"{output} exists; --force overwrites a file")
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except OSError as exc:
+        _end(EXIT_OUTPUT, f"{path} cannot be written: {exc.strerror}")
+
+
+def _write_strip(path: Path, fetcher: PathsAndUrls, request: TryOnRequest, result: Path) -> None:
+    seen = fetcher.seen
+    garments = [decode(seen[url]) for url in request.garment_urls()]
+    pictures = Pictures(
+        decode(seen[request.person_image_url]), garments, decode_mask(seen[str(request.mask_image_url)])
+    )
+    inputs = prepare(pictures, "clean")
+    shown = [inputs.person, geometry.masked_person(inputs.person, inputs.mask), inputs.garment]
+    strip = geometry.side_by_side([*shown, np.asarray(Pillow.open(result).convert("RGB"))])
+    Pillow.fromarray(strip).save(path)
+
+
+def _end(status: int, sentence: str) -> NoReturn:
+    click.echo(sentence, err=True)
+    sys.exit(status)

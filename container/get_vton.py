@@ -1,0 +1,236 @@
+"""The core: a request in, a stored picture and its key out."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from concurrent.futures import Executor
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image as Pillow
+
+from container.errors import ImageSourceTimeout, InvalidRequest, MaskInvalid
+from container.fetch import Fetcher
+from container.images import FILE_OF, decode, decode_mask, encode
+from container.notify import Notifier, completion
+from container.request import MAX_SEED, RANDOM_SEED, CallContext, TryOnRequest, TryOnResult
+from container.storage import Storage, StoredObject, all_keys_for, key_for, same_job
+from container.telemetry import Metrics, StageTimes
+from container.worker import KeyLocks, Worker
+from model import geometry
+from model.interface import GenerationSettings, Image, TryOnInputs
+
+MODEL_WIDTH, MODEL_HEIGHT = 768, 1024  # px; what the published weights were trained at
+MASK_GIVEN = "given"
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a request gets where it says nothing.
+
+    Attributes:
+        steps: denoising steps.
+        guidance: guidance scale.
+        join: how top and bottom become one garment.
+        key_prefix: what every key begins with.
+    """
+
+    steps: int
+    guidance: float
+    join: Literal["clean", "legacy"] = "clean"
+    key_prefix: str = ""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The decoded inputs at their own sizes: HWC uint8 RGB, the mask HW uint8 grey."""
+
+    person: Image
+    garments: list[Image]
+    mask: Image
+
+
+class TryOnService:
+    """Turns requests into stored pictures. Holds ports and numbers, and no state of any request.
+
+    Args:
+        fetcher: where image bytes come from.
+        worker: makes the pictures.
+        storage: keeps them.
+        notifier: tells of them.
+        defaults: for what requests leave open.
+        fetch_pool: fetches the images of one request side by side.
+        metrics: counts.
+    """
+
+    def __init__(
+        self,
+        *,
+        fetcher: Fetcher,
+        worker: Worker,
+        storage: Storage,
+        notifier: Notifier,
+        defaults: Defaults,
+        fetch_pool: Executor,
+        metrics: Metrics,
+    ) -> None:
+        self._fetcher = fetcher
+        self._worker = worker
+        self._storage = storage
+        self._notifier = notifier
+        self._defaults = defaults
+        self._fetch_pool = fetch_pool
+        self._metrics = metrics
+        self._keys = KeyLocks()
+
+    def run(self, request: TryOnRequest, deadline: float, context: CallContext) -> TryOnResult:
+        """The finished try-on: stored under its key, its message sent. A repeat finds it and only notifies.
+
+        Args:
+            request: as parsed.
+            deadline: time.monotonic() value; the call returns or raises before it, but for the effects at the end.
+            context: what the platform says about the call.
+        Raises:
+            TryOnError: any of the tree.
+        """
+        times = StageTimes()
+        request = request.with_defaults(steps=self._defaults.steps, guidance=self._defaults.guidance)
+        if request.mask_image_url is None:
+            raise InvalidRequest("no automatic masker is configured", field="mask_image_url")
+        with self._keys.hold(f"{request.userId}/{request.timestamp}", deadline):
+            stored = self._stored(request)
+            if stored is None:
+                pictures = self._decode(self._fetch(request, deadline, times), times)
+                with times.measure("prepare"):
+                    inputs = prepare(pictures, self._defaults.join)
+                settings = _generation_settings(request)
+                result = self._generate(inputs, settings, deadline, times)
+                image = _composite(request, pictures, inputs, result, times)
+                stored = self._store(request, image, settings.seed, times)
+            with times.measure("notify"):
+                self._notifier.send(completion(request, stored, self._storage.bucket, context))
+        self._metrics.observe(times)
+        return _answer(stored, self._storage.bucket, times)
+
+    def _stored(self, request: TryOnRequest) -> StoredObject | None:
+        """What an earlier run of this job stored; a result in any format takes the user's timestamp."""
+        for key in all_keys_for(request, self._defaults.key_prefix):
+            found = self._storage.find(key)
+            if found is not None:
+                return same_job(found, request.job_id())
+        return None
+
+    def _fetch(self, request: TryOnRequest, deadline: float, times: StageTimes) -> list[bytes]:
+        """The bytes of person, mask and garments, in that order, fetched side by side."""
+        refs = [request.person_image_url, str(request.mask_image_url), *request.garment_urls()]
+        with times.measure("fetch"):
+            under_way = [
+                self._fetch_pool.submit(self._fetcher.fetch, ref, user_id=request.userId, deadline=deadline)
+                for ref in refs
+            ]
+            try:
+                return [future.result(timeout=max(0.0, deadline - time.monotonic())) for future in under_way]
+            except FutureTimeout as exc:
+                raise ImageSourceTimeout("the deadline came first") from exc
+            finally:
+                for future in under_way:
+                    future.cancel()
+
+    def _decode(self, contents: list[bytes], times: StageTimes) -> Pictures:
+        person, mask, *garments = contents
+        with times.measure("decode"):
+            return Pictures(decode(person), [decode(garment) for garment in garments], decode_mask(mask))
+
+    def _generate(self, inputs: TryOnInputs, settings: GenerationSettings, deadline: float, times: StageTimes) -> Image:
+        generation = self._worker.run(inputs, settings, deadline)
+        self._metrics.generations.inc()
+        times.add("queue", generation.queued_s)
+        times.add("generate", generation.generated_s)
+        return generation.image
+
+    def _store(self, request: TryOnRequest, image: Image, seed: int, times: StageTimes) -> StoredObject:
+        with times.measure("encode"):
+            content = encode(image, request.output_format, request.output_quality)
+        facts = {
+            "job_id": request.job_id(),
+            "seed": str(seed),
+            "width": str(image.shape[1]),
+            "height": str(image.shape[0]),
+            "engine": self._worker.engine_name,
+            "mask_source": MASK_GIVEN,
+        }
+        with times.measure("store"):
+            _, content_type = FILE_OF[request.output_format]
+            return self._storage.put(key_for(request, self._defaults.key_prefix), content, content_type, facts)
+
+
+def prepare(pictures: Pictures, join: Literal["clean", "legacy"]) -> TryOnInputs:
+    """The pictures at the model's size: the person cropped, top and bottom made one garment, the mask black and white.
+
+    Raises:
+        MaskInvalid: all black or all white.
+    """
+    person = geometry.crop_resize(Pillow.fromarray(pictures.person), MODEL_WIDTH, MODEL_HEIGHT)
+    mask = _mask_at(pictures.mask, MODEL_WIDTH, MODEL_HEIGHT)
+    if not mask.any() or mask.all():
+        raise MaskInvalid("all black or all white at the model's size")
+    garment = pictures.garments[0]
+    if len(pictures.garments) > 1:
+        upper, lower = pictures.garments
+        garment = geometry.join_garments(upper, lower, join)
+    fitted = geometry.fit_pad(Pillow.fromarray(garment), MODEL_WIDTH, MODEL_HEIGHT)
+    return TryOnInputs(np.asarray(person), np.asarray(fitted), mask)
+
+
+def _generation_settings(request: TryOnRequest) -> GenerationSettings:
+    steps, guidance = request.num_inference_steps, request.guidance_scale
+    if steps is None or guidance is None:
+        raise ValueError("the request's defaults are still open")
+    seed = secrets.randbelow(MAX_SEED) if request.seed == RANDOM_SEED else request.seed
+    return GenerationSettings(steps, guidance, seed, MODEL_WIDTH, MODEL_HEIGHT)
+
+
+def _composite(
+    request: TryOnRequest, pictures: Pictures, inputs: TryOnInputs, result: Image, times: StageTimes
+) -> Image:
+    """The result with the person's own pixels where nothing was to change, at the size that was asked for."""
+    with times.measure("composite"):
+        repaint = request.composite == "repaint"
+        if request.output_size == "person":
+            return geometry.paste_back(pictures.person, result, _mask_of_photo(pictures) if repaint else None)
+        return geometry.repaint(inputs.person, result, inputs.mask) if repaint else result
+
+
+def _mask_at(mask: Image, width: int, height: int) -> Image:
+    """The mask cropped like the person, its nearest pixels at that size, 0 or 255."""
+    nearest = Pillow.Resampling.NEAREST
+    return geometry.binarise(np.asarray(geometry.crop_resize(Pillow.fromarray(mask), width, height, resample=nearest)))
+
+
+def _mask_of_photo(pictures: Pictures) -> Image:
+    """The mask at the photo's own size: nothing is repainted beside the part that the model saw."""
+    height, width = pictures.person.shape[:2]
+    left, top, right, bottom = geometry.crop_box(width, height, MODEL_WIDTH, MODEL_HEIGHT)
+    mask = np.zeros((height, width), np.uint8)
+    mask[top:bottom, left:right] = _mask_at(pictures.mask, right - left, bottom - top)
+    return mask
+
+
+def _answer(stored: StoredObject, bucket: str | None, times: StageTimes) -> TryOnResult:
+    facts: dict[str, str] = dict(stored.facts)
+    return TryOnResult(
+        object_key=stored.key,
+        bucket=bucket,
+        s3_uri=f"s3://{bucket}/{stored.key}" if bucket else None,
+        etag=stored.etag,
+        job_id=facts["job_id"],
+        seed=int(facts["seed"]),
+        width=int(facts["width"]),
+        height=int(facts["height"]),
+        engine=facts["engine"],
+        mask_source=facts["mask_source"],
+        timings_ms=times.milliseconds(),
+    )

@@ -1,0 +1,158 @@
+"""What a caller may ask for, what it gets, and the identity of a job."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Dict, Literal, Mapping, Optional, Tuple
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+from typing_extensions import Annotated
+
+from container.errors import InvalidRequest
+
+DEFAULT_SEED = 42  # the deployed system's
+RANDOM_SEED = -1
+MAX_SEED = 2**63 - 1
+MAX_URL_CHARACTERS = 2048
+
+# A presigned URL is new for every call though it names the same picture: its signature is no part of a job's identity.
+SIGNATURE_PREFIXES = ("x-amz-", "x-goog-")
+SIGNATURE_PARAMETERS = frozenset({"awsaccesskeyid", "signature", "expires", "policy", "key-pair-id"})
+
+Identifier = Annotated[str, StringConstraints(pattern=r"\A[A-Za-z0-9][A-Za-z0-9_-]{0,63}\z")]
+Url = Annotated[str, StringConstraints(min_length=1, max_length=MAX_URL_CHARACTERS)]
+ClothType = Literal["upper", "lower", "overall", "inner", "outer"]
+
+GARMENT_FIELDS = {"upper_cloth_url", "lower_cloth_url", "overall_cloth_url"}
+GARMENTS_OF: Dict[str, Tuple[str, ...]] = {
+    "upper": ("upper_cloth_url",),
+    "inner": ("upper_cloth_url",),
+    "outer": ("upper_cloth_url",),
+    "lower": ("lower_cloth_url",),
+    "overall": ("upper_cloth_url", "lower_cloth_url"),
+}
+
+
+class TryOnRequest(BaseModel):
+    """One try-on, as asked for: strict, nothing coerced, unknown fields refused.
+
+    URLs are only measured here; whether one may be fetched is `fetch`'s to say.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    person_image_url: Url
+    upper_cloth_url: Optional[Url] = None
+    lower_cloth_url: Optional[Url] = None
+    overall_cloth_url: Optional[Url] = None
+    mask_image_url: Optional[Url] = None
+    cloth_type: ClothType = "overall"
+    userId: Identifier
+    timestamp: Identifier
+    num_inference_steps: Optional[int] = Field(default=None, ge=1, le=100)
+    guidance_scale: Optional[float] = Field(default=None, ge=1, le=10, allow_inf_nan=False)
+    seed: int = Field(default=DEFAULT_SEED, ge=RANDOM_SEED, le=MAX_SEED)
+    composite: Literal["repaint", "none"] = "repaint"
+    output_size: Literal["model", "person"] = "model"
+    output_format: Literal["jpeg", "png", "webp"] = "jpeg"
+    output_quality: int = Field(default=95, ge=1, le=100)
+    task: Literal["try_on"] = "try_on"
+
+    @model_validator(mode="after")
+    def _garments_fit_the_cloth_type(self) -> TryOnRequest:
+        full = self.cloth_type == "overall" and self.overall_cloth_url is not None
+        if full and (self.upper_cloth_url is not None or self.lower_cloth_url is not None):
+            raise PydanticCustomError("garment", "{name}", {"name": "overall_cloth_url"})
+        for name in () if full else GARMENTS_OF[self.cloth_type]:
+            if getattr(self, name) is None:
+                raise PydanticCustomError("garment", "{name}", {"name": name})
+        return self
+
+    def garment_urls(self) -> Tuple[str, ...]:
+        """The one garment, or top and bottom, that this cloth type uses."""
+        if self.cloth_type == "overall" and self.overall_cloth_url is not None:
+            return (self.overall_cloth_url,)
+        return tuple(getattr(self, name) for name in GARMENTS_OF[self.cloth_type])
+
+    def with_defaults(self, *, steps: int, guidance: float) -> TryOnRequest:
+        """The same request with the settings' defaults in the places that the caller left open."""
+        defaults = {"num_inference_steps": steps, "guidance_scale": guidance}
+        open_places = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        return self.model_copy(update=open_places)
+
+    def job_id(self) -> str:
+        """sha256 (64 hex digits) of the canonical inputs: the same pictures and numbers give the same id."""
+        inputs = self.model_dump(exclude_defaults=True, exclude=GARMENT_FIELDS)
+        inputs["garments"] = [_unsigned(url) for url in self.garment_urls()]
+        inputs["person_image_url"] = _unsigned(self.person_image_url)
+        if self.mask_image_url is not None:
+            inputs["mask_image_url"] = _unsigned(self.mask_image_url)
+        canonical = json.dumps(inputs, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class CallContext:
+    """What the platform says about a call, beside its body."""
+
+    request_id: str
+    inference_id: Optional[str] = None
+    custom_attributes: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class TryOnResult:
+    """The answer to a try-on; `asdict` of it is the JSON."""
+
+    object_key: str
+    bucket: Optional[str]
+    s3_uri: Optional[str]
+    etag: str
+    job_id: str
+    seed: int
+    width: int
+    height: int
+    engine: str
+    mask_source: str
+    timings_ms: Mapping[str, float]
+    message: str = "VTON run successfully"
+
+
+def parse(fields: object) -> TryOnRequest:
+    """A request out of decoded JSON.
+
+    Raises:
+        InvalidRequest: with the first field at fault; the input itself is never echoed.
+    """
+    if not isinstance(fields, dict):
+        raise InvalidRequest("the body is not a JSON object")
+    try:
+        return TryOnRequest.model_validate(fields)
+    except ValidationError as exc:
+        first = exc.errors(include_url=False, include_input=False)[0]
+        name = first["ctx"]["name"] if first["type"] == "garment" else str(first["loc"][0]) if first["loc"] else None
+        raise InvalidRequest(f"{first['type']} at {name}"[:200], field=name and _printable(name)) from exc
+
+
+def _printable(name: str) -> Optional[str]:
+    """The name of a field, if it is one that could stand in a log or an answer."""
+    return name if len(name) <= 64 and name.isascii() and name.isidentifier() else None
+
+
+def _unsigned(url: str) -> str:
+    """The URL without the query parameters that only sign it."""
+    try:
+        parts = urlsplit(url)
+        query = parse_qsl(parts.query, keep_blank_values=True)
+    except ValueError:  # no URL at all: fetching it will be refused
+        return url
+    kept = [
+        (name, value)
+        for name, value in query
+        if name.lower() not in SIGNATURE_PARAMETERS and not name.lower().startswith(SIGNATURE_PREFIXES)
+    ]
+    return urlunsplit(parts._replace(query=urlencode(kept)))

@@ -1,0 +1,118 @@
+"""Runs the service over HTTP until it is told to stop, and lets admitted requests finish first."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from types import FrameType
+
+import structlog
+import uvicorn
+from fastapi import FastAPI
+
+from container.settings import Settings, SettingsError
+from container.telemetry import configure_logging
+from container.vton_api import create_app
+from container.wiring import App, build
+
+DRAIN_S = 25.0  # SageMaker kills 30 s after SIGTERM
+POLL_S = 0.05
+KEEP_ALIVE_S = 75  # above the platform's 5 s between pings, so that its pooled connections are not cut
+FAILED_EXIT_S = 1.0  # for the last answers to leave, once the device has failed
+
+log = structlog.get_logger()
+
+
+class DrainingServer(uvicorn.Server):
+    """Keeps listening after SIGTERM, refusing politely, until nothing is in flight or `DRAIN_S` are over."""
+
+    def __init__(self, config: uvicorn.Config, app: App) -> None:
+        super().__init__(config)
+        self._app = app
+        self._finished = threading.Event()
+        self.failed = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """First signal: drain. Second: stop now."""
+        if self._app.admission.draining:
+            self.should_exit = True
+        self._app.admission.drain()
+
+    def watch(self) -> None:
+        """On a thread of its own: loads the model, then waits for the end and brings it about."""
+        worker, admission = self._app.worker, self._app.admission
+        worker.start()
+        while not worker.wait_until_loaded(POLL_S) and not admission.draining:
+            pass
+        if worker.failure is not None:
+            log.error("start_refused", reason=str(worker.failure), kind=type(worker.failure).__name__)
+            self.failed = self.should_exit = True
+            return
+        log.info("ready")
+        while not (admission.draining or worker.device_failed or self._finished.wait(POLL_S)):
+            pass
+        if worker.device_failed:
+            self.failed = True
+            log.error("device_failed")
+            time.sleep(FAILED_EXIT_S)
+        elif not self._finished.is_set():
+            log.info("draining", in_flight=admission.taken)
+            ends = time.monotonic() + DRAIN_S
+            while admission.taken and time.monotonic() < ends and not self._finished.wait(POLL_S):
+                pass
+        self.should_exit = True
+
+    def run_to_the_end(self) -> int:
+        """Serves; the exit status of the process: 0 after a clean drain, 1 where the model or the device failed."""
+        watcher = threading.Thread(target=self.watch, name="watch", daemon=True)
+        watcher.start()
+        self.run()
+        self._finished.set()
+        watcher.join(POLL_S * 4)
+        self._app.worker.stop(POLL_S * 4)
+        log.info("stopped", failed=self.failed)
+        return 1 if self.failed else 0
+
+
+def main(environ: Mapping[str, str] | None = None) -> int:
+    """A SageMaker endpoint with the settings of the environment; the exit status, 2 where a setting refuses the start.
+
+    The process ends by itself even where a thread still waits for a picture that can no longer be delivered.
+    """
+    try:
+        settings = Settings.from_env(os.environ if environ is None else environ).require_a_place_for_results()
+        configure_logging(settings.log_level)
+        app = build(settings)
+    except SettingsError as exc:
+        sys.stderr.write(f"start refused: {exc}\n")
+        return 2
+    log.info("starting", **settings.model_dump(mode="json"))
+    if settings.trusted_hosts:
+        log.warning("trusted_hosts", hosts=settings.trusted_hosts, why="private addresses, plain http: local work only")
+    status = serve(create_app(app), app)
+    if app.admission.taken:
+        logging.shutdown()
+        os._exit(status)
+    return status
+
+
+def serve(api: FastAPI, app: App) -> int:
+    """Serves on all interfaces until SIGTERM; the exit status."""
+    config = uvicorn.Config(
+        api,
+        host="0.0.0.0",  # noqa: S104 - the platform reaches a container from outside
+        port=app.settings.port,
+        http="h11",
+        lifespan="off",
+        log_config=None,
+        log_level=logging.getLevelName(app.settings.log_level),
+        access_log=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=2,
+        server_header=False,
+    )
+    return DrainingServer(config, app).run_to_the_end()

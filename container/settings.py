@@ -1,0 +1,156 @@
+"""Everything that can be set, read once from the environment.
+
+Every name is `VTON_<FIELD>`; an unknown `VTON_` name refuses the start, so that a typing error is found before the
+first request. `NUM_STEP` is the deployed system's name for `VTON_STEPS` and still read. boto3 reads its own variables.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any, Dict, List, Literal, Mapping, Optional, Tuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from typing_extensions import Annotated
+
+from model.interface import EMBEDDED
+
+PREFIX = "VTON_"
+DEFAULT_PORT = 8080  # SageMaker's
+HOST = re.compile(r"(\*\.)?[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:[0-9]{1,5})?")
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class SettingsError(Exception):
+    """A setting is unknown or out of range; the text names the variable."""
+
+
+class Settings(BaseModel):
+    """One process's settings.
+
+    Attributes:
+        weights: "embedded" or a directory of weights; the container image sets /opt/ml/model.
+        engine: which engine makes the pictures.
+        variant: which of the engine's published weights.
+        device: "auto", "cuda" or "cpu".
+        dtype: "auto", "float16", "bfloat16" or "float32".
+        tf32: allow TF32 on CUDA.
+        garment_join: how top and bottom become one garment: "clean" (one width, white) or "legacy" (as deployed
+            before: unscaled, black beside the narrower one).
+        bucket: S3 bucket of the results.
+        key_prefix: what every key begins with, "" or a path that ends in "/".
+        queue_url: SQS queue of the completion messages; without one none are sent.
+        output_dir: keep results in this directory instead of S3.
+        steps: denoising steps where the request names none, 1-100.
+        guidance: guidance scale where the request names none, 1-10.
+        deadline_s: seconds from admission to answer, 1-3600; real-time endpoints end at 60.
+        max_in_flight: requests admitted at a time, running and waiting.
+        image_hosts: if any, the only public hosts that images come from ("shop.example", "*.shop.example").
+        trusted_hosts: "host:port" that may be private and plain http. For local work only.
+        docs: serve the OpenAPI pages.
+        port: where to listen.
+        log_level: the least severe level that is logged.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weights: str = Field(default=EMBEDDED, min_length=1)
+    engine: str = "catvton"
+    variant: str = "mix"
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    tf32: bool = True
+    garment_join: Literal["clean", "legacy"] = "clean"
+    bucket: Optional[str] = Field(default=None, pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
+    key_prefix: str = Field(default="", pattern=r"^([A-Za-z0-9_-]+/)*$")
+    queue_url: Optional[str] = Field(default=None, pattern=r"^https?://[^\s]+$")
+    output_dir: Optional[Path] = None
+    steps: int = Field(default=50, ge=1, le=100)
+    guidance: float = Field(default=2.5, ge=1, le=10, allow_inf_nan=False)
+    deadline_s: float = Field(default=55, ge=1, le=3600, allow_inf_nan=False)
+    max_in_flight: int = Field(default=8, ge=1, le=1000)
+    image_hosts: Tuple[str, ...] = ()
+    trusted_hosts: Tuple[str, ...] = ()
+    docs: bool = False
+    port: Port = DEFAULT_PORT
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
+
+    @field_validator("image_hosts", "trusted_hosts", mode="before")
+    @classmethod
+    def _hosts(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        hosts = tuple(host.strip().lower() for host in value.split(",") if host.strip())
+        wrong = [host for host in hosts if not HOST.fullmatch(host)]
+        if wrong:
+            raise ValueError("must be a comma-separated list of hosts, each with an optional :port")
+        return hosts
+
+    @field_validator("trusted_hosts")
+    @classmethod
+    def _ports_are_named(cls, hosts: Tuple[str, ...]) -> Tuple[str, ...]:
+        if any(":" not in host or "*" in host for host in hosts):
+            raise ValueError("must be a comma-separated list of host:port")
+        return hosts
+
+    @model_validator(mode="after")
+    def _one_place_for_results(self) -> Settings:
+        if self.bucket is not None and self.output_dir is not None:
+            raise ValueError("VTON_BUCKET and VTON_OUTPUT_DIR exclude each other")
+        return self
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> Settings:
+        """The settings that these variables describe.
+
+        Raises:
+            SettingsError: a VTON_ name is unknown or a value out of range; the text names the variable and the range.
+        """
+        values: Dict[str, Any] = {
+            name[len(PREFIX) :].lower(): value for name, value in environ.items() if name.startswith(PREFIX)
+        }
+        unknown = sorted(PREFIX + name.upper() for name in values.keys() - cls.model_fields.keys())
+        if unknown:
+            raise SettingsError(f"unknown setting {', '.join(unknown)}")
+        for name, variable in (("steps", "NUM_STEP"), ("port", "SAGEMAKER_BIND_TO_PORT")):
+            if environ.get(variable):
+                values.setdefault(name, environ[variable])
+        if environ.get("SAGEMAKER_CONTAINER_LOG_LEVEL"):
+            values.setdefault("log_level", _level_name(environ["SAGEMAKER_CONTAINER_LOG_LEVEL"]))
+        try:
+            return cls.model_validate(values)
+        except ValidationError as exc:
+            raise SettingsError("; ".join(_sentences(exc, environ))) from exc
+
+    def require_a_place_for_results(self) -> Settings:
+        """These settings, if they say where pictures are kept.
+
+        Raises:
+            SettingsError: neither a bucket nor a directory is set.
+        """
+        if self.bucket is None and self.output_dir is None:
+            raise SettingsError("set VTON_BUCKET (an S3 bucket) or VTON_OUTPUT_DIR (a local directory) for the results")
+        return self
+
+
+def _level_name(level: str) -> str:
+    """ "INFO" for "info" and for "20": SageMaker's SDK sends numbers."""
+    name = logging.getLevelName(int(level)) if level.isdigit() else level.upper()
+    if name not in LOG_LEVELS:
+        raise SettingsError(f"SAGEMAKER_CONTAINER_LOG_LEVEL must be one of {', '.join(LOG_LEVELS)} or their numbers")
+    return str(name)
+
+
+def _sentences(exc: ValidationError, environ: Mapping[str, str]) -> List[str]:
+    """One sentence per wrong variable, without its value (it may be a secret in the wrong place)."""
+    sentences = []
+    for error in exc.errors(include_url=False, include_input=False):
+        message = error["msg"].removeprefix("Value error, ")
+        name = PREFIX + str(error["loc"][0]).upper() if error["loc"] else ""
+        if name == "VTON_STEPS" and name not in environ:
+            name = "NUM_STEP"
+        sentences.append(f"{name}: {message}" if name else message)
+    return sentences

@@ -1,0 +1,118 @@
+"""What the service says of itself: JSON log lines, metrics, and the time each stage took.
+
+One line per event, an event name and fields, never a sentence with values in it. No query strings, no user ids.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import time
+import warnings
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import TextIO
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 600)
+QUERY = re.compile(r"(\w://[^\s?#]*)[?#]\S*")  # presigned URLs carry their signature behind the question mark
+MAX_FIELD_CHARACTERS = 2000
+
+
+def configure_logging(level: str, stream: TextIO = sys.stderr) -> None:
+    """Makes every log line of the process, libraries' included, one line of JSON on `stream`."""
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.ExtraAdder(),
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+        redact,
+    ]
+    formatter = structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=shared,
+        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, structlog.processors.JSONRenderer()],
+    )
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(formatter)
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+    for chatty in ("botocore", "urllib3", "PIL", "filelock"):
+        logging.getLogger(chatty).setLevel(max(logging.WARNING, root.level))
+    for own_handlers in ("uvicorn", "uvicorn.error", "uvicorn.access"):
+        logging.getLogger(own_handlers).handlers[:] = []
+        logging.getLogger(own_handlers).propagate = True
+    logging.captureWarnings(True)
+    warnings.simplefilter("default")
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        wrapper_class=structlog.make_filtering_bound_logger(root.level),
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=False,
+    )
+
+
+def redact(_logger: object, _method: str, event: MutableMapping[str, object]) -> MutableMapping[str, object]:
+    """Cuts queries off URLs and bounds the length of every field."""
+    for name, value in event.items():
+        if isinstance(value, str):
+            event[name] = QUERY.sub(r"\1", value)[:MAX_FIELD_CHARACTERS]
+    return event
+
+
+class StageTimes:
+    """How long each stage of one request took."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        """Adds the time inside the block to a stage's."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.add(stage, time.monotonic() - began)
+
+    def add(self, stage: str, seconds: float) -> None:
+        """Adds seconds to a stage's."""
+        self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds per stage, in the order in which the stages first ended."""
+        return dict(self._seconds)
+
+    def milliseconds(self) -> dict[str, float]:
+        """What the answer says: milliseconds per stage, and `total` since the request was admitted."""
+        times = {stage: round(1000 * seconds, 1) for stage, seconds in self._seconds.items()}
+        return {**times, "total": round(1000 * (time.monotonic() - self._began), 1)}
+
+
+class Metrics:
+    """The numbers behind `/metrics`, in a registry of their own. Labels come from closed sets."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "vton_requests", "Requests by the code they ended with", ["code"], registry=self.registry
+        )
+        self.generations = Counter("vton_generations", "Pictures that the engine made", registry=self.registry)
+        self.in_flight = Gauge("vton_in_flight", "Requests admitted and not yet answered", registry=self.registry)
+        self.ready = Gauge("vton_ready", "1 while the service takes requests", registry=self.registry)
+        self.stage_seconds = Histogram(
+            "vton_stage_seconds", "Time per stage", ["stage"], registry=self.registry, buckets=SECONDS
+        )
+        self.request_seconds = Histogram(
+            "vton_request_seconds", "Time from admission to answer", registry=self.registry, buckets=SECONDS
+        )
+
+    def observe(self, times: StageTimes) -> None:
+        """Counts the stage times of one request."""
+        for stage, seconds in times.seconds().items():
+            self.stage_seconds.labels(stage).observe(seconds)

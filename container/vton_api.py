@@ -1,0 +1,190 @@
+"""The SageMaker door: /ping, /invocations, /execution-parameters, /metrics.
+
+Handlers run on the event loop and never block it: a request is admitted or refused there, and its work runs on a
+thread of its own. The one table from error to status is `errors`; the one place that applies it is here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import re
+import time
+import uuid
+from collections.abc import Awaitable
+from dataclasses import asdict
+from functools import partial
+from typing import Callable
+
+import structlog
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+
+from container.errors import (
+    Draining,
+    GpuFailed,
+    Internal,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    NotReady,
+    Refusal,
+    RequestTimeout,
+    RequestTooLarge,
+    TryOnError,
+    UnsupportedContentType,
+)
+from container.request import CallContext, TryOnResult, parse
+from container.strict_json import loads
+from container.wiring import App
+
+MAX_BODY_BYTES = 64 * 1024
+BODY_TIMEOUT_S = 5.0
+INFERENCE_ID = "X-Amzn-SageMaker-Inference-Id"
+CUSTOM_ATTRIBUTES = "X-Amzn-SageMaker-Custom-Attributes"
+INFERENCE_ID_TEXT = re.compile(r"[\x21-\x7e]{1,64}")
+CUSTOM_ATTRIBUTES_TEXT = re.compile(r"[\x20-\x7e]{1,1024}")
+
+log = structlog.get_logger()
+
+
+def create_app(app: App) -> FastAPI:
+    """The ASGI application in front of a wired service."""
+    docs = {} if app.settings.docs else {"openapi_url": None, "docs_url": None, "redoc_url": None}
+    api = FastAPI(title="vton", redirect_slashes=False, **docs)  # type: ignore[arg-type]
+
+    @api.get("/ping")
+    async def ping() -> Response:
+        return answer_error(error, _request_id(None)) if (error := _not_serving(app)) else Response(status_code=200)
+
+    @api.post("/invocations")
+    async def invocations(request: Request) -> Response:
+        return await _answered(app, request, partial(_invoke, app, request))
+
+    @api.get("/execution-parameters")
+    async def execution_parameters() -> dict[str, object]:
+        return {
+            "MaxConcurrentTransforms": app.settings.max_in_flight,
+            "BatchStrategy": "SINGLE_RECORD",
+            "MaxPayloadInMB": 1,
+        }
+
+    @api.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(app.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @api.exception_handler(HTTPException)
+    async def unrouted(_request: Request, exc: HTTPException) -> Response:
+        return answer_error(MethodNotAllowed() if exc.status_code == 405 else NotFound(), _request_id(None))
+
+    return api
+
+
+def answer_error(error: TryOnError, request_id: str) -> JSONResponse:
+    """The response to a failed request."""
+    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    if isinstance(error, (RequestTimeout, RequestTooLarge)):
+        headers["Connection"] = "close"  # the rest of the body is not waited for
+    return JSONResponse(error.body(request_id), status_code=error.status, headers=headers)
+
+
+async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes:
+    """The body, refused before it is read if it is announced too large, and while it is read if it is.
+
+    Raises:
+        RequestTooLarge, RequestTimeout.
+    """
+    announced = request.headers.get("content-length", "0")
+    if announced.isdigit() and int(announced[:20]) > max_bytes:
+        raise RequestTooLarge("announced")
+
+    async def read() -> bytes:
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > max_bytes:
+                raise RequestTooLarge("counted")
+        return bytes(body)
+
+    try:
+        return await asyncio.wait_for(read(), timeout_s)
+    except asyncio.TimeoutError as exc:
+        raise RequestTimeout(f"after {timeout_s} s") from exc
+
+
+async def _answered(app: App, request: Request, handle: Callable[[str], Awaitable[Response]]) -> Response:
+    """The response, well or not, and the one log line at the end of every request."""
+    request_id = _request_id(request.headers.get(INFERENCE_ID))
+    structlog.contextvars.bind_contextvars(request_id=request_id)
+    began = time.monotonic()
+    code = "ok"
+    try:
+        return await handle(request_id)
+    except TryOnError as exc:
+        code = exc.code
+        level = log.info if isinstance(exc, Refusal) else log.warning
+        level("request_failed", code=code, detail=str(exc), field=exc.field)
+        return answer_error(exc, request_id)
+    except Exception:
+        code = Internal.code
+        log.exception("request_failed", code=code)
+        return answer_error(Internal(), request_id)
+    finally:
+        app.metrics.requests.labels(code).inc()
+        app.metrics.request_seconds.observe(time.monotonic() - began)
+        structlog.contextvars.clear_contextvars()
+
+
+async def _invoke(app: App, request: Request, request_id: str) -> Response:
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
+        raise UnsupportedContentType()
+    body = await read_body(request, MAX_BODY_BYTES, BODY_TIMEOUT_S)
+    context = _context(request, request_id)
+    try_on = parse(loads(body))
+    if (error := _not_serving(app)) is not None:
+        raise error
+    deadline = time.monotonic() + app.settings.deadline_s
+    result = await _run_admitted(app, partial(app.service.run, try_on, deadline, context))
+    log.info("request_done", **_summary(result), custom_attributes=context.custom_attributes)
+    headers = {CUSTOM_ATTRIBUTES: context.custom_attributes} if context.custom_attributes else {}
+    return JSONResponse(asdict(result), headers=headers)
+
+
+async def _run_admitted(app: App, run: Callable[[], TryOnResult]) -> TryOnResult:
+    """Runs on a thread of the request pool, in one of the places that admission counts."""
+    app.admission.enter()
+    try:
+        context = contextvars.copy_context()
+        return await asyncio.get_running_loop().run_in_executor(app.request_pool, context.run, run)
+    finally:
+        app.admission.leave()
+
+
+def _not_serving(app: App) -> TryOnError | None:
+    if app.admission.draining:
+        return Draining(retry_after_s=1)
+    if app.worker.device_failed:
+        return GpuFailed("the device failed earlier")
+    return None if app.worker.ready else NotReady(retry_after_s=5)
+
+
+def _context(request: Request, request_id: str) -> CallContext:
+    inference_id = request.headers.get(INFERENCE_ID)
+    attributes = request.headers.get(CUSTOM_ATTRIBUTES)
+    if inference_id is not None and not INFERENCE_ID_TEXT.fullmatch(inference_id):
+        raise InvalidRequest("header", field=INFERENCE_ID)
+    if attributes is not None and not CUSTOM_ATTRIBUTES_TEXT.fullmatch(attributes):
+        raise InvalidRequest("header", field=CUSTOM_ATTRIBUTES)
+    return CallContext(request_id, inference_id, attributes)
+
+
+def _request_id(inference_id: str | None) -> str:
+    """The caller's own id where it can stand in a log, else a new one."""
+    return inference_id if inference_id and INFERENCE_ID_TEXT.fullmatch(inference_id) else uuid.uuid4().hex
+
+
+def _summary(result: TryOnResult) -> dict[str, object]:
+    return {"job_id": result.job_id, "engine": result.engine, "timings_ms": result.timings_ms}

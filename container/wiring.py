@@ -1,0 +1,142 @@
+"""The composition root: the only place that constructs."""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Callable
+
+import boto3
+import numpy as np
+import structlog
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError
+
+from container.fetch import ByScheme, Fetcher, HostPolicy, HttpsFetcher, S3Fetcher
+from container.get_vton import MODEL_HEIGHT, MODEL_WIDTH, Defaults, TryOnService
+from container.notify import Notifier, NullNotifier, SqsNotifier
+from container.settings import Settings, SettingsError
+from container.storage import LocalStorage, S3Storage, Storage
+from container.telemetry import Metrics
+from container.worker import Admission, Worker
+from model import ENGINES, load_engine
+from model.interface import Engine, EngineOptions, GenerationSettings, TryOnInputs
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+FETCHES_PER_REQUEST = 4  # person, mask, top, bottom
+WARM_UP_STEPS = 2  # every kernel of a picture runs in two steps
+AWS = Config(
+    connect_timeout=3,
+    read_timeout=10,
+    retries={"total_max_attempts": 3, "mode": "standard"},
+    user_agent_extra="vton-endpoint",
+)
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class App:
+    """One process's parts, wired."""
+
+    settings: Settings
+    service: TryOnService
+    worker: Worker
+    admission: Admission
+    metrics: Metrics
+    request_pool: Executor
+    storage: Storage
+
+
+def build(settings: Settings, *, fetcher: Fetcher | None = None, progress: bool = False) -> App:
+    """The service that these settings describe; its model is not loaded until `app.worker.start()`.
+
+    Args:
+        settings: of this process.
+        fetcher: for references that are no URLs (the command line's paths); by default URLs only.
+        progress: show the denoising steps on stderr.
+    Raises:
+        SettingsError: the engine is unknown, or AWS cannot be addressed with the environment's settings.
+    """
+    if settings.engine not in ENGINES:
+        raise SettingsError(f"VTON_ENGINE must be one of: {', '.join(sorted(ENGINES))}")
+    metrics = Metrics()
+    worker = Worker(_loader(settings, progress), _warm_up, capacity=settings.max_in_flight)
+    storage = _storage(settings)
+    service = TryOnService(
+        fetcher=fetcher or _fetcher(settings),
+        worker=worker,
+        storage=storage,
+        notifier=_notifier(settings),
+        defaults=Defaults(settings.steps, settings.guidance, settings.garment_join, settings.key_prefix),
+        fetch_pool=ThreadPoolExecutor(FETCHES_PER_REQUEST * settings.max_in_flight, "fetch"),
+        metrics=metrics,
+    )
+    admission = Admission(settings.max_in_flight, worker.retry_after_s)
+    metrics.in_flight.set_function(lambda: admission.taken)
+    metrics.ready.set_function(lambda: worker.ready and not admission.draining)
+    request_pool = ThreadPoolExecutor(settings.max_in_flight, "request")
+    return App(settings, service, worker, admission, metrics, request_pool, storage)
+
+
+def https_fetcher(settings: Settings) -> Fetcher:
+    """Fetches http(s) URLs only."""
+    policy = HostPolicy(settings.image_hosts, settings.trusted_hosts)
+    pool = ThreadPoolExecutor(FETCHES_PER_REQUEST * settings.max_in_flight, "resolve")
+    return HttpsFetcher(policy, pool)
+
+
+def _fetcher(settings: Settings) -> Fetcher:
+    s3 = S3Fetcher(_s3(), settings.bucket, settings.key_prefix) if settings.bucket else None
+    return ByScheme(https_fetcher(settings), s3)
+
+
+def _storage(settings: Settings) -> Storage:
+    if settings.bucket:
+        return S3Storage(_s3(), settings.bucket)
+    return LocalStorage(settings.output_dir or Path())
+
+
+def _notifier(settings: Settings) -> Notifier:
+    if settings.queue_url is None:
+        return NullNotifier()
+    try:
+        return SqsNotifier(boto3.session.Session().client("sqs", config=AWS), settings.queue_url)
+    except BotoCoreError as exc:
+        raise SettingsError(f"SQS cannot be addressed: {exc}") from exc
+
+
+def _s3() -> S3Client:
+    try:
+        return boto3.session.Session().client("s3", config=AWS)
+    except BotoCoreError as exc:
+        raise SettingsError(f"S3 cannot be addressed: {exc}") from exc
+
+
+def _loader(settings: Settings, progress: bool) -> Callable[[], Engine]:
+    options = EngineOptions(
+        weights=settings.weights,
+        variant=settings.variant,
+        device=settings.device,
+        dtype=settings.dtype,
+        tf32=settings.tf32,
+        progress=progress,
+    )
+
+    def load() -> Engine:
+        engine = load_engine(settings.engine, options)
+        log.info("engine_loaded", engine=engine.name)
+        return engine
+
+    return load
+
+
+def _warm_up(engine: Engine) -> None:
+    """One small throw-away picture, at the size of the real ones."""
+    grey = np.full((MODEL_HEIGHT, MODEL_WIDTH, 3), 128, np.uint8)
+    mask = np.zeros((MODEL_HEIGHT, MODEL_WIDTH), np.uint8)
+    mask[MODEL_HEIGHT // 4 : MODEL_HEIGHT // 2] = 255
+    engine.generate(TryOnInputs(grey, grey, mask), GenerationSettings(WARM_UP_STEPS, 2.0, 0, MODEL_WIDTH, MODEL_HEIGHT))

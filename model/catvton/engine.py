@@ -1,0 +1,152 @@
+"""CatVTON as an `Engine`: one picture per call, with the failures that a service tells apart."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image as PillowImage
+
+from model import embedded, weights
+from model.catvton.pipeline import CatVTONPipeline
+from model.interface import (
+    EMBEDDED,
+    BadPicture,
+    DeviceFailed,
+    Engine,
+    EngineError,
+    EngineOptions,
+    GenerationSettings,
+    Image,
+    OutOfMemory,
+    TryOnInputs,
+)
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+DEVICES = ("cuda", "cpu")
+
+
+def load(options: EngineOptions) -> Engine:
+    """The engine that the options describe, on its device.
+
+    Raises:
+        ValueError: an unknown device, dtype or variant, or CUDA where there is none.
+        WeightsError: a weight file is missing, damaged or does not fit.
+    """
+    device = choose_device(options.device)
+    dtype = choose_dtype(options.dtype, device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = options.tf32
+    if options.weights == EMBEDDED:
+        name, work_size_wh = "catvton/embedded", embedded.WORK_SIZE_WH
+        pipeline = embedded.load_pipeline().to(device, dtype)
+    else:
+        name, work_size_wh = f"catvton/{options.variant}", None
+        weights.verify(Path(options.weights), "catvton", options.variant)
+        pipeline = CatVTONPipeline.from_published(options.weights, options.variant, dtype, device)
+    pipeline.set_progress_bar_config(disable=not options.progress)
+    return CatVTONEngine(pipeline, name, work_size_wh=work_size_wh)
+
+
+def choose_device(device: str) -> torch.device:
+    """The device that "auto", "cuda" or "cpu" stands for; ValueError for another name, or CUDA where there is none."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in DEVICES:
+        raise ValueError(f"unknown device {device!r}; one of: auto, {', '.join(DEVICES)}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' was asked for but no CUDA device is present")
+    return torch.device(device)
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype of that name; "auto" is float16 on CUDA and float32 on the CPU. ValueError for another name."""
+    if dtype == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; one of: auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+class CatVTONEngine:
+    """One CatVTON pipeline behind the `Engine` protocol; immutable after construction.
+
+    Args:
+        pipeline: a `CatVTONPipeline` on its device.
+        name: what an answer calls it.
+        work_size_wh: (width, height) in px at which the pipeline draws, if not at the size asked for; the picture is
+            then enlarged with LANCZOS.
+    """
+
+    def __init__(self, pipeline: CatVTONPipeline, name: str, *, work_size_wh: tuple[int, int] | None = None) -> None:
+        self._pipeline = pipeline
+        self._name = name
+        self._work_size_wh = work_size_wh
+
+    @property
+    def name(self) -> str:
+        """What the answer calls it."""
+        return self._name
+
+    def generate(self, inputs: TryOnInputs, settings: GenerationSettings) -> Image:
+        """The person in the garment, without compositing.
+
+        Returns:
+            HWC uint8 RGB of exactly (settings.height, settings.width).
+        Raises:
+            OutOfMemory: the device had too little memory; its cache has been emptied.
+            DeviceFailed: CUDA reported an error that outlives this call.
+            BadPicture: a pixel is not finite, or all are equal.
+            EngineError: any other failure inside torch.
+        """
+        size_wh = (settings.width, settings.height)
+        try:
+            pixels = self._draw(inputs, settings, self._work_size_wh or size_wh)
+        except torch.cuda.OutOfMemoryError as exc:
+            traceback.clear_frames(exc.__traceback__)  # they hold the tensors that filled the memory
+            torch.cuda.empty_cache()
+            raise OutOfMemory(str(exc)) from exc
+        except RuntimeError as exc:
+            if _is_device_failure(exc):
+                raise DeviceFailed(str(exc)) from exc
+            raise EngineError(str(exc)) from exc
+        picture = to_picture(pixels)
+        if self._work_size_wh in (None, size_wh):
+            return picture
+        return np.asarray(PillowImage.fromarray(picture).resize(size_wh, PillowImage.Resampling.LANCZOS))
+
+    def _draw(
+        self, inputs: TryOnInputs, settings: GenerationSettings, size_wh: tuple[int, int]
+    ) -> torch.Tensor:  # (3, H, W) float32 on the CPU
+        output: Any = self._pipeline(
+            inputs.person,
+            inputs.garment,
+            inputs.mask,
+            width=size_wh[0],
+            height=size_wh[1],
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            generator=torch.Generator("cpu").manual_seed(settings.seed),
+            output_type="pt",
+        )
+        pixels: torch.Tensor = output.images[0].cpu()
+        return pixels
+
+
+def to_picture(pixels: torch.Tensor) -> Image:
+    """The (3, H, W) float picture in [0, 1] as HWC uint8; BadPicture if a pixel is not finite or all are equal."""
+    if not bool(torch.isfinite(pixels).all()):
+        raise BadPicture("the picture holds values that are not finite")
+    picture = pixels.mul(255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+    if picture.min() == picture.max():
+        raise BadPicture(f"every value of the picture is {picture.min()}")
+    return picture
+
+
+def _is_device_failure(exc: RuntimeError) -> bool:
+    accelerator_error = getattr(torch, "AcceleratorError", None)  # torch 2.8 and later
+    return "CUDA error" in str(exc) or (accelerator_error is not None and isinstance(exc, accelerator_error))

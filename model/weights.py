@@ -1,0 +1,378 @@
+"""Published weights: what they are, how they are fetched, and the proof that they are intact.
+
+Only JSON and safetensors are read here, never a pickle. `vton-weights.json` in a directory of weights holds the hash of
+every file as it was fetched or first seen; from then on that record is the authority, so that own weights are as good
+as published ones. The manifest decides only what a download may bring.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal, Optional
+
+from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, TypeAdapter
+
+MANIFEST = Path(__file__).with_name("manifest.json")
+RECORD = "vton-weights.json"
+TWINS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")  # either one will do
+CHUNK_BYTES = 4 * 1024 * 1024
+MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
+HASH_THREADS = 2  # hashlib releases the GIL; more would only fight over one disk
+HUB_TIMEOUT_S = 30.0
+
+
+class WeightsError(Exception):
+    """A weight file is missing, damaged or unobtainable; the text is one sentence that names it."""
+
+
+def _inside(path: str) -> str:
+    if any(part in ("", ".", "..") for part in path.split("/")):
+        raise ValueError("the path leaves the directory")
+    return path
+
+
+Size = Annotated[int, Field(gt=0)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Commit = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
+Inside = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._/-]+$"), AfterValidator(_inside)]
+Part = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+/[a-z0-9]+$")]
+MaybeSize = Optional[Size]
+MaybeSha256 = Optional[Sha256]
+MaybeCommit = Optional[Commit]
+
+
+class _Strict:
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+
+@dataclass(frozen=True)
+class Licence(_Strict):
+    """A licence's name, and in a sentence what it means for a user."""
+
+    name: str
+    sentence: str
+
+
+@dataclass(frozen=True)
+class WeightFile(_Strict):
+    """One published file at `path` in its repository; size and hash are None where unknown until first fetched.
+
+    `parts` are the "engine/variant" names that need it.
+    """
+
+    path: Inside
+    bytes: MaybeSize
+    sha256: MaybeSha256
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Repository(_Strict):
+    """One published repository, kept in `folder`; a `revision` of None is chosen and recorded by the first download."""
+
+    folder: Inside
+    repo_id: str
+    revision: MaybeCommit
+    licence: Licence
+    files: tuple[WeightFile, ...]
+
+
+@dataclass(frozen=True)
+class _Manifest(_Strict):
+    version: Literal[1]
+    repositories: tuple[Repository, ...]
+
+
+@dataclass(frozen=True)
+class _Entry(_Strict):
+    bytes: Size
+    sha256: Sha256
+
+
+@dataclass(frozen=True)
+class _Source(_Strict):
+    repo_id: str
+    revision: Commit
+
+
+@dataclass(frozen=True)
+class _Record(_Strict):
+    version: Literal[1]
+    files: dict[Inside, _Entry]
+    repositories: dict[Inside, _Source]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found in `files` files of `bytes` in all.
+
+    `recorded`: some were seen for the first time and are in the record now. `verified`: each was compared with a hash
+    recorded earlier. Neither: the directory is read-only and has no record.
+    """
+
+    files: int
+    bytes: int
+    recorded: bool
+    verified: bool
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A file of the manifest by its path below the directory of weights; `bytes` is None where no one knows yet.
+
+    `known`: the manifest has its hash. `recorded`: the directory's record has. `present`: it is there, intact or not.
+    """
+
+    file: str
+    parts: tuple[str, ...]
+    bytes: int | None
+    known: bool
+    recorded: bool
+    present: bool
+    licence: Licence
+
+
+def manifest() -> tuple[Repository, ...]:
+    """The published repositories, in the order in which they are fetched.
+
+    Raises:
+        WeightsError: the manifest of this installation is damaged.
+    """
+    try:
+        return TypeAdapter(_Manifest).validate_json(MANIFEST.read_bytes()).repositories
+    except (OSError, ValueError) as exc:
+        raise WeightsError(f"{MANIFEST} is damaged; install the package again") from exc
+
+
+def files_for(engine: str, variant: str) -> list[tuple[Repository, WeightFile]]:
+    """The files that a variant of an engine reads, each with its repository.
+
+    Raises:
+        WeightsError: nothing is published under that name.
+    """
+    every = [(repository, file) for repository in manifest() for file in repository.files]
+    needed = [(repository, file) for repository, file in every if f"{engine}/{variant}" in file.parts]
+    if not needed:
+        names = sorted({part for _, file in every for part in file.parts})
+        raise WeightsError(f"{MANIFEST.name} has no weights {engine}/{variant}; it has {', '.join(names)}")
+    return needed
+
+
+def download(weights_dir: Path, engine: str, variant: str) -> None:
+    """Fetch the files that are not there yet, compare them with the manifest and record them.
+
+    A file that the record proves intact is not fetched again; a damaged or unrecorded one is replaced.
+
+    Raises:
+        WeightsError: the hub cannot be reached or refuses, it sent something else than the manifest names, or recorded
+            weights of one's own are in the way.
+    """
+    needed = files_for(engine, variant)
+    for repository in dict.fromkeys(repository for repository, _ in needed):
+        record = _read_record(weights_dir)
+        files = [file for owner, file in needed if owner == repository]
+        stale = [file for file in files if not _is_intact(weights_dir, repository, file, record)]
+        if not stale:
+            continue
+        commit = _fetch(weights_dir, repository, stale, record)
+        entries = {f"{repository.folder}/{file.path}": _accept(weights_dir, repository, file) for file in stale}
+        sources = {**record.repositories, repository.folder: _Source(repository.repo_id, commit)}
+        try:
+            _write_record(weights_dir, replace(record, files={**record.files, **entries}, repositories=sources))
+        except OSError as exc:
+            raise WeightsError(f"{weights_dir / RECORD} cannot be written: {exc.strerror}") from exc
+
+
+def verify(weights_dir: Path, engine: str, variant: str) -> Verification:
+    """Prove that an engine's files are the recorded ones, and record those that are seen for the first time.
+
+    Raises:
+        WeightsError: a file is missing, damaged or not the recorded one, or the record is unreadable.
+    """
+    record = _read_record(weights_dir)
+    names = [name for repository, file in files_for(engine, variant) for name in _find(weights_dir, repository, file)]
+    total = sum(_size(weights_dir / name) for name in names)
+    for name, entry in _measure(weights_dir, [name for name in names if name in record.files]).items():
+        _compare(weights_dir / name, record.files[name], entry, f"restore it, or delete {RECORD} if you changed it")
+    fresh = [name for name in names if name not in record.files]
+    for name in fresh:
+        _check_structure(weights_dir / name)
+    recorded = bool(fresh) and _remember(weights_dir, record, fresh)
+    return Verification(len(names), total, recorded=recorded, verified=not fresh)
+
+
+def listing(weights_dir: Path) -> list[Listed]:
+    """Every file of the manifest and where it stands in a directory, which need not exist.
+
+    Raises:
+        WeightsError: the record is unreadable.
+    """
+    record = _read_record(weights_dir)
+    lines = []
+    for repository in manifest():
+        for file in repository.files:
+            present = [name for name in _names(repository, file) if _exists(weights_dir / name)]
+            name = present[0] if present else f"{repository.folder}/{file.path}"
+            entry = record.files.get(name)
+            size, known = entry.bytes if entry else file.bytes, file.sha256 is not None
+            lines.append(Listed(name, file.parts, size, known, entry is not None, bool(present), repository.licence))
+    return lines
+
+
+def _is_intact(weights_dir: Path, repository: Repository, file: WeightFile, record: _Record) -> bool:
+    name = f"{repository.folder}/{file.path}"
+    path, recorded = weights_dir / name, record.files.get(name)
+    if recorded is None or not path.is_file() or path.stat().st_size != recorded.bytes or _entry(path) != recorded:
+        return False
+    _compare(path, file, recorded, "move it away to have the published one")  # own weights are not overwritten
+    return True
+
+
+def _fetch(weights_dir: Path, repository: Repository, files: Sequence[WeightFile], record: _Record) -> str:
+    """Bring files from the hub into the repository's folder; returns the commit they came from."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    folder, earlier = weights_dir / repository.folder, record.repositories.get(repository.folder)
+    revision = repository.revision or (earlier.revision if earlier else None)
+    try:
+        # Asked first because snapshot_download, when the hub is away, passes off what is there as the answer.
+        commit = huggingface_hub.HfApi().model_info(repository.repo_id, revision=revision, timeout=HUB_TIMEOUT_S).sha
+        for file in files:
+            if file.sha256 is None:  # nothing would tell the old content from the new
+                (folder / file.path).unlink(missing_ok=True)
+        huggingface_hub.snapshot_download(
+            repository.repo_id,
+            revision=commit,
+            allow_patterns=[file.path for file in files],
+            local_dir=folder,
+            cache_dir=folder / ".cache" / "hub",
+        )
+    except (OSError, ValueError, RuntimeError, errors.HTTPError, errors.XetDownloadError) as exc:
+        reason = getattr(exc, "strerror", None) or type(exc).__name__
+        raise WeightsError(f"{repository.repo_id} could not be downloaded: {reason}") from exc
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # kept after a failure: a second attempt resumes from it
+    return str(commit)
+
+
+def _accept(weights_dir: Path, repository: Repository, file: WeightFile) -> _Entry:
+    path = weights_dir / repository.folder / file.path
+    if not _exists(path):
+        raise WeightsError(f"{path} was not downloaded: {repository.repo_id} has no {file.path}")
+    try:
+        _check_structure(path)
+        entry = _entry(path)
+        _compare(path, file, entry, f"{repository.repo_id} sent something else and it was deleted")
+    except WeightsError:
+        path.unlink()  # or the next start would record it as own weights
+        raise
+    return entry
+
+
+def _remember(weights_dir: Path, record: _Record, names: Sequence[str]) -> bool:
+    if not os.access(weights_dir, os.W_OK):  # before the hashing, which takes seconds
+        return False
+    files = {**record.files, **_measure(weights_dir, names)}
+    try:
+        _write_record(weights_dir, replace(record, files=files))
+    except OSError:  # a full or read-only volume is no reason not to serve
+        return False
+    return True
+
+
+def _names(repository: Repository, file: WeightFile) -> list[str]:
+    name = f"{repository.folder}/{file.path}"
+    head, _, tail = name.rpartition("/")
+    return [name, *(f"{head}/{twin}" for twin in TWINS if tail in TWINS and twin != tail)]
+
+
+def _find(weights_dir: Path, repository: Repository, file: WeightFile) -> list[str]:
+    names = _names(repository, file)
+    found = [name for name in names if _exists(weights_dir / name)]
+    if not found:
+        raise WeightsError(f"{weights_dir / names[0]} is missing; get it with `vton weights download`")
+    return found  # both twins where both are there: the engine may read either
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as exc:
+        raise WeightsError(f"{path} cannot be read: {exc.strerror}") from exc
+
+
+def _size(path: Path) -> int:
+    if not path.is_file():
+        raise WeightsError(f"{path} is not a regular file")
+    size = path.stat().st_size
+    if size == 0:
+        raise WeightsError(f"{path} is empty; delete it and run `vton weights download`")
+    return size
+
+
+def _entry(path: Path) -> _Entry:
+    size, digest = _size(path), hashlib.sha256()
+    try:
+        with path.open("rb") as stream:
+            for chunk in iter(lambda: stream.read(CHUNK_BYTES), b""):
+                digest.update(chunk)
+    except OSError as exc:
+        raise WeightsError(f"{path} cannot be read: {exc.strerror}") from exc
+    return _Entry(size, digest.hexdigest())
+
+
+def _measure(weights_dir: Path, names: Sequence[str]) -> dict[str, _Entry]:
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        return dict(zip(names, pool.map(lambda name: _entry(weights_dir / name), names)))
+
+
+def _compare(path: Path, expected: WeightFile | _Entry, actual: _Entry, remedy: str) -> None:
+    if expected.sha256 not in (None, actual.sha256) or expected.bytes not in (None, actual.bytes):
+        wanted = f"{(expected.sha256 or 'unknown')[:12]} ({expected.bytes} bytes)"
+        found = f"{actual.sha256[:12]} ({actual.bytes} bytes)"
+        raise WeightsError(f"{path} has changed or is damaged: sha256 {found} instead of {wanted}; {remedy}")
+
+
+def _check_structure(path: Path) -> None:
+    """A truncated safetensors is found without a hash: its header says where the last tensor ends."""
+    if path.suffix != ".safetensors":
+        return
+    try:
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(min(length, MAX_HEADER_BYTES)))
+        ends = [int(tensor["data_offsets"][1]) for name, tensor in header.items() if name != "__metadata__"]
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as exc:
+        raise WeightsError(f"{path} is not a safetensors file; it may be truncated") from exc
+    expected = 8 + length + max(ends, default=0)
+    if path.stat().st_size != expected:
+        raise WeightsError(f"{path} has {path.stat().st_size} bytes where its header announces {expected}")
+
+
+def _read_record(weights_dir: Path) -> _Record:
+    try:
+        return TypeAdapter(_Record).validate_json((weights_dir / RECORD).read_bytes())
+    except FileNotFoundError:
+        return _Record(1, {}, {})
+    except (OSError, ValueError) as exc:
+        raise WeightsError(f"{weights_dir / RECORD} is unreadable; restore it, or delete it to record anew") from exc
+
+
+def _write_record(weights_dir: Path, record: _Record) -> None:
+    temporary = weights_dir / f"{RECORD}.{os.getpid()}.tmp"
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(TypeAdapter(_Record).dump_json(record, indent=2) + b"\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(weights_dir / RECORD)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
