@@ -21,6 +21,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from container.errors import (
     Draining,
@@ -41,6 +42,7 @@ from container.strict_json import loads
 from container.wiring import App
 
 MAX_BODY_BYTES = 64 * 1024
+MAX_HEADERS = 100  # the platform sends about a dozen
 BODY_TIMEOUT_S = 5.0
 INFERENCE_ID = "X-Amzn-SageMaker-Inference-Id"
 CUSTOM_ATTRIBUTES = "X-Amzn-SageMaker-Custom-Attributes"
@@ -79,7 +81,21 @@ def create_app(app: App) -> FastAPI:
     async def unrouted(_request: Request, exc: HTTPException) -> Response:
         return answer_error(MethodNotAllowed() if exc.status_code == 405 else NotFound(), _request_id(None))
 
+    api.add_middleware(_HeaderCap)
     return api
+
+
+class _HeaderCap:
+    """Refuses requests with more than `MAX_HEADERS` headers; h11 bounds their bytes."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app: ASGIApp = self._app
+        if len(scope.get("headers", ())) > MAX_HEADERS:
+            app = answer_error(RequestTooLarge("headers"), _request_id(None))
+        await app(scope, receive, send)
 
 
 def answer_error(error: TryOnError, request_id: str) -> JSONResponse:

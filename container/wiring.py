@@ -48,7 +48,15 @@ class App:
     admission: Admission
     metrics: Metrics
     request_pool: Executor
+
+
+@dataclass(frozen=True)
+class Ports:
+    """What the service reaches the world through."""
+
+    fetcher: Fetcher
     storage: Storage
+    notifier: Notifier
 
 
 def build(settings: Settings, *, fetcher: Fetcher | None = None, progress: bool = False) -> App:
@@ -63,23 +71,27 @@ def build(settings: Settings, *, fetcher: Fetcher | None = None, progress: bool 
     """
     if settings.engine not in ENGINES:
         raise SettingsError(f"VTON_ENGINE must be one of: {', '.join(sorted(ENGINES))}")
+    ports = Ports(fetcher or _fetcher(settings), _storage(settings), _notifier(settings))
+    return assemble(settings, ports, _loader(settings, progress), _warm_up)
+
+
+def assemble(settings: Settings, ports: Ports, load: Callable[[], Engine], warm_up: Callable[[Engine], None]) -> App:
+    """The service around these ports and this engine."""
     metrics = Metrics()
-    worker = Worker(_loader(settings, progress), _warm_up, capacity=settings.max_in_flight)
-    storage = _storage(settings)
+    worker = Worker(load, warm_up, capacity=settings.max_in_flight)
+    admission = Admission(settings.max_in_flight, worker.retry_after_s)
+    metrics.in_flight.set_function(lambda: admission.taken)
+    metrics.ready.set_function(lambda: worker.ready and not admission.draining)
     service = TryOnService(
-        fetcher=fetcher or _fetcher(settings),
+        fetcher=ports.fetcher,
         worker=worker,
-        storage=storage,
-        notifier=_notifier(settings),
+        storage=ports.storage,
+        notifier=ports.notifier,
         defaults=Defaults(settings.steps, settings.guidance, settings.garment_join, settings.key_prefix),
         fetch_pool=ThreadPoolExecutor(FETCHES_PER_REQUEST * settings.max_in_flight, "fetch"),
         metrics=metrics,
     )
-    admission = Admission(settings.max_in_flight, worker.retry_after_s)
-    metrics.in_flight.set_function(lambda: admission.taken)
-    metrics.ready.set_function(lambda: worker.ready and not admission.draining)
-    request_pool = ThreadPoolExecutor(settings.max_in_flight, "request")
-    return App(settings, service, worker, admission, metrics, request_pool, storage)
+    return App(settings, service, worker, admission, metrics, ThreadPoolExecutor(settings.max_in_flight, "request"))
 
 
 def https_fetcher(settings: Settings) -> Fetcher:

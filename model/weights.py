@@ -258,7 +258,7 @@ def _fetch(weights_dir: Path, repository: Repository, files: Sequence[WeightFile
     except (OSError, ValueError, RuntimeError, errors.HTTPError, errors.XetDownloadError) as exc:
         reason = getattr(exc, "strerror", None) or type(exc).__name__
         raise WeightsError(f"{repository.repo_id} could not be downloaded: {reason}") from exc
-    shutil.rmtree(folder / ".cache", ignore_errors=True)  # kept after a failure: a second attempt resumes from it
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # kept after a failure: the next attempt may resume from it
     return str(commit)
 
 

@@ -61,10 +61,12 @@ def tiny_manifest() -> dict:
 
 @dataclass
 class Hub:
-    """What the server has, and what was asked of it."""
+    """What the server has, at which commit its branch is, how it refuses, and what was asked of it."""
 
     files: dict[str, dict[str, bytes]]
+    head: str = COMMIT
     status: int = 200
+    file_status: int = 200
     error: str = ""
     asked: list[str] = field(default_factory=list)
 
@@ -91,6 +93,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(self.hub.status, b"", {"X-Error-Code": self.hub.error, "X-Error-Message": "no"})
         if path.startswith("/api/models/"):
             return self.api(path[len("/api/models/") :])
+        if self.hub.file_status != 200:
+            return self.reply(self.hub.file_status, b"", {})
         repo, _, rest = path[1:].partition("/resolve/")
         content = self.hub.files.get(repo, {}).get(rest.partition("/")[2])
         if content is None:
@@ -109,7 +113,8 @@ class Handler(BaseHTTPRequestHandler):
         if "/tree/" in path:
             tree = [{"type": "file", "path": n, "size": len(c), "oid": "0" * 40} for n, c in names.items()]
             return self.reply(200, json.dumps(tree).encode(), {"Content-Type": "application/json"})
-        info = {"id": repo, "modelId": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
+        commit = path.partition("/revision/")[2] or self.hub.head
+        info = {"id": repo, "modelId": repo, "sha": commit, "siblings": [{"rfilename": name} for name in names]}
         return self.reply(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
 
     def reply(self, status: int, body: bytes, headers: dict[str, str]) -> None:
@@ -204,13 +209,15 @@ def test_a_download_brings_the_needed_files_and_their_record_and_nothing_else(en
     assert verify(folder, "catvton", "mix").verified
 
 
-def test_the_first_download_of_an_unpinned_repository_records_its_commit(endpoint, small, tmp_path, hub):
+def test_the_first_download_of_an_unpinned_repository_pins_its_commit(endpoint, small, tmp_path, hub):
+    pinned = {"repo_id": "some/own", "revision": COMMIT}
     fetch(endpoint, small, tmp_path / "weights")
-    assert record_of(tmp_path / "weights")["repositories"]["own"] == {"repo_id": "some/own", "revision": COMMIT}
+    assert record_of(tmp_path / "weights")["repositories"]["own"] == pinned
     (tmp_path / "weights" / ATTENTION).unlink()
-    hub.asked.clear()
+    hub.head = "d" * 40
     assert fetch(endpoint, small, tmp_path / "weights") == ""
-    assert f"GET /api/models/some/own/revision/{COMMIT}" in hub.asked
+    assert record_of(tmp_path / "weights")["repositories"]["own"] == pinned
+    assert not any(hub.head in line for line in hub.asked)
 
 
 def test_a_second_download_asks_the_hub_nothing(endpoint, small, tmp_path, hub):
@@ -269,6 +276,14 @@ def test_an_unreachable_hub_names_the_repository_and_leaves_the_files_alone(smal
     error = fetch("http://127.0.0.1:9", small, folder)
     assert "some/base could not be downloaded" in error
     assert files_in(folder) == sorted(FILES)
+
+
+def test_a_damaged_file_is_not_taken_for_fetched_when_the_hub_refuses_half_way(endpoint, small, folder, hub):
+    verify(folder, "catvton", "mix")
+    (folder / CONFIG).write_bytes(b"{}")
+    hub.file_status = 403  # a 5xx would be tried again for 20 s
+    assert fetch(endpoint, small, folder) != ""
+    assert record_of(folder)["files"][CONFIG]["sha256"] == sha256(CONTENT[CONFIG])
 
 
 def test_offline_mode_names_the_repository(endpoint, small, folder):

@@ -87,7 +87,7 @@ def stored_shapes(path: Path) -> Shapes:
     """The shape of every tensor of a safetensors file, in the order in which they lie in it.
 
     Raises:
-        WeightsError: the file cannot be read, or a tensor is not of a floating dtype.
+        WeightsError: the file cannot be read.
     """
     with _opened(path) as stored:
         return {key: tuple(stored.get_slice(key).get_shape()) for key in stored.offset_keys()}

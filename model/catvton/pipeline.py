@@ -255,7 +255,7 @@ class CatVTONPipeline(DiffusionPipeline):  # type: ignore[misc]
         if self.safety_checker is None:
             return pixels, None
         shown = self.feature_extractor(self.convert(pixels, "pil"), return_tensors="pt").pixel_values
-        shown = shown.to(device=pixels.device, dtype=next(self.safety_checker.parameters()).dtype)
+        shown = shown.to(device=pixels.device, dtype=self.safety_checker.dtype)
         checked, flags = self.safety_checker(images=pixels, clip_input=shown)
         return checked, [bool(flag) for flag in flags]
 

@@ -21,8 +21,15 @@ _SKINS: tuple[Colour, ...] = (
     (98, 62, 42),
 )
 _HAIRS: tuple[Colour, ...] = (
-    (32, 26, 28), (62, 40, 28), (110, 70, 38), (168, 116, 58), (222, 184, 110), (150, 62, 34), (172, 172, 176), (122, 58, 120),
-)  # fmt: skip
+    (32, 26, 28),
+    (62, 40, 28),
+    (110, 70, 38),
+    (168, 116, 58),
+    (222, 184, 110),
+    (150, 62, 34),
+    (172, 172, 176),
+    (122, 58, 120),
+)
 _SOLE_Y = 244.0  # figure units; people of every size stand on one line
 _MIDDLE_X = 96.0
 
@@ -50,7 +57,7 @@ class Figure:
         hair_style: one of HAIR_STYLES.
         hair: its colour.
         shoes: their colour.
-        smile: -1 is a straight mouth, 1 a broad smile.
+        smile: 0 is a hint of it, 1 broad.
         backdrop: one of BACKDROPS.
         wall: colour of the upper part of the background.
         floor: colour of its lower part.
@@ -120,7 +127,7 @@ def sample_figure(draw: np.random.Generator) -> Figure:
         hair_style=HAIR_STYLES[int(draw.choice(7, p=(0.24, 0.2, 0.16, 0.12, 0.12, 0.11, 0.05)))],
         hair=_HAIRS[int(draw.integers(len(_HAIRS)))],
         shoes=sample_colour(draw),
-        smile=float(draw.uniform(-0.4, 1)),
+        smile=float(draw.uniform(0, 1)),
         backdrop=backdrop,
         wall=wall,
         floor=floor,

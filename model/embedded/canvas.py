@@ -1,4 +1,4 @@
-"""A drawing surface: vector shapes in figure units, painted several times too large and reduced, so that edges are smooth."""
+"""A drawing surface: vector shapes in figure units, painted too large and reduced, so that edges are smooth."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ Points = NDArray[np.float64]  # (N, 2) as (x, y) in figure units
 
 UNITS_WH = (192, 256)  # figure units of a whole picture, so 1 unit is 1 px at the embedded model's size
 _SUBPIXEL_BITS = 4  # OpenCV's fixed-point polygons: 1/16 px
+_CURVE = np.linspace(0, 1, 9)
+_BERNSTEIN = np.stack([(1 - _CURVE) ** 2, 2 * _CURVE * (1 - _CURVE), _CURVE**2], axis=1)  # (9, 3)
 _SEAM_UNITS = 1.1  # width of the darker line along a garment's outline
 _SEAM_SHADE = 0.68
 
@@ -82,7 +84,7 @@ class Canvas:
         cv2.polylines(self.image, [self._fixed(points)], False, colour, thickness, cv2.LINE_8, _SUBPIXEL_BITS)
 
     def cloth(self, parts: list[Part], texture: Texture, label: int) -> None:
-        """Fill the union of parts with a texture that hangs on each part's frame; a darker seam runs inside the outline."""
+        """Fill the union of parts with a texture that hangs on each part's frame, with a darker seam inside."""
         fixed = [self._fixed(part.polygon) for part in parts]
         corners = np.concatenate(fixed) >> _SUBPIXEL_BITS
         # The margin keeps the outline away from the window's border, where erosion does not see it.
@@ -122,10 +124,15 @@ class Canvas:
         labels = self.labels[middle :: self._oversample, middle :: self._oversample]
         return np.asarray(reduced, np.uint8), np.ascontiguousarray(labels)
 
+    def wholly_labelled(self) -> NDArray[np.bool_]:
+        """Finished pixels that nothing of the background shows through: HW bool."""
+        share = cv2.resize(np.minimum(self.labels, 1) * np.uint8(255), self.size_wh, interpolation=cv2.INTER_AREA)
+        return np.asarray(share == 255)
+
     def _fixed(self, points: Points) -> NDArray[np.int32]:
         # The centre of pixel 0 is 0.5 in ours and 0 in OpenCV's coordinates.
         pixels = points * self._scale + self._offset - 0.5
-        return np.rint(pixels * (1 << _SUBPIXEL_BITS)).astype(np.int32)
+        return np.asarray(np.rint(pixels * (1 << _SUBPIXEL_BITS)), np.int32)
 
     def _in_frame(
         self, frame: Frame, box: tuple[int, int, int, int]
@@ -144,7 +151,7 @@ class Canvas:
 
 def oversampling(size_wh: tuple[int, int]) -> int:
     """How many times larger to paint: small pictures need more for edges that look smooth."""
-    return 2 if min(size_wh) > 400 else 4
+    return 2 if min(size_wh) > 400 else 3
 
 
 def ellipse(
@@ -157,5 +164,4 @@ def ellipse(
 
 def bend(start: tuple[float, float], pull: tuple[float, float], stop: tuple[float, float]) -> Points:
     """A quadratic curve from start to stop, drawn towards `pull`, as 9 points."""
-    t = np.linspace(0, 1, 9)[:, None]
-    return np.asarray((1 - t) ** 2 * np.array(start) + 2 * t * (1 - t) * np.array(pull) + t**2 * np.array(stop))
+    return np.asarray(_BERNSTEIN @ np.array([start, pull, stop]))

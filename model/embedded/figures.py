@@ -28,11 +28,14 @@ from model.embedded.people import (
 )
 from model.embedded.textures import Texture, shade
 from model.embedded.wardrobe import (
+    LOWER_CUTS,
     NECKLINES,
     Garment,
     Outfit,
     body_parts,
     neck_opening,
+    sample_garment,
+    sample_lower,
     sample_outfit,
     sleeve_parts,
 )
@@ -62,7 +65,8 @@ _SHOP_SCALE = 1.3  # a garment in the shop is shown larger than on a person, unl
 _SHOP_FILL = 0.93  # of the picture's width or height, at most
 _MARGIN = 2.5  # figure units; a mask reaches this far beyond what cloth may cover
 _PLAIN = Texture("plain", (0, 0, 0), (255, 255, 255), 0.2)
-_LOOSEST = {"ease": 1.0, "flare": 1.0}
+_LONGEST_TOP = Garment("top", _PLAIN, sleeve=1.0, hem=1.0, neckline="high", ease=1.0, flare=1.0)
+_TUCKED_HEM = -0.27  # just below the waistband, so that nothing shows beside the trousers
 
 
 @dataclass(frozen=True)
@@ -118,9 +122,8 @@ def example(seed: int, kind: Kind, *, size_wh: tuple[int, int] = UNITS_WH) -> Ex
         garment = draw_outfit(wanted, size_wh)
     else:
         worn = sample_outfit(draw, dress=False)
-        other = sample_outfit(draw, dress=False)
-        wanted = replace(worn, **{kind: getattr(other, kind)})
-        garment = draw_garment(getattr(wanted, kind), size_wh)
+        wanted, piece = _with_another(draw, worn, kind)
+        garment = draw_garment(piece, size_wh)
     before, target = draw_person(figure, worn, size_wh), draw_person(figure, wanted, size_wh)
     return Example(before.image, garment, masks(before)[kind], target.image, target.labels)
 
@@ -139,11 +142,16 @@ def draw_person(figure: Figure, outfit: Outfit, size_wh: tuple[int, int] = UNITS
     bare = outfit.upper.sleeve <= 0
     for side in (0, 1) if bare else ():  # an armhole lies on the shoulder, a sleeve's seam on the trunk
         paint_arm(canvas, figure, bones, side)
-    trunk = [outfit.upper] if outfit.lower is None else [outfit.lower, outfit.upper]
-    for garment in trunk[::-1] if outfit.tucked else trunk:
+    if outfit.lower is None:
+        trunk = [outfit.upper]
+    elif outfit.tucked:
+        trunk = [replace(outfit.upper, hem=_TUCKED_HEM), outfit.lower]
+    else:
+        trunk = [outfit.lower, outfit.upper]
+    for garment in trunk:
         _paint_trunk(canvas, garment, bones)
     for side in (0, 1):
-        paint_arm(canvas, figure, bones, side, start=0.32 if bare else 0.0)
+        paint_arm(canvas, figure, bones, side, start=0.5 if bare else 0.0)
         sleeve = sleeve_parts(outfit.upper, bones, side)
         if sleeve:
             canvas.cloth(sleeve, outfit.upper.texture, _label(outfit.upper))
@@ -192,14 +200,13 @@ def masks(drawing: Drawing) -> dict[str, Image]:
         "upper", "lower", "overall", "inner" and "outer", each HW uint8 0/255.
     """
     size_wh = (drawing.labels.shape[1], drawing.labels.shape[0])
-    tops = [Garment("top", _PLAIN, 1.0, 1.0, neckline, **_LOOSEST) for neckline in NECKLINES]
-    lowers = [Garment("trousers", _PLAIN, hem=1.0, **_LOOSEST), Garment("skirt", _PLAIN, hem=1.0, **_LOOSEST)]
-    coat = Garment("dress", _PLAIN, 1.0, 0.2, "high", **_LOOSEST)
-    dress = Garment("dress", _PLAIN, 1.0, 1.0, "high", **_LOOSEST)
-    front = Canvas.for_figure(size_wh, oversample=1)
+    tops = [replace(_LONGEST_TOP, neckline=neckline) for neckline in NECKLINES]
+    lowers = [replace(_LONGEST_TOP, cut=cut) for cut in LOWER_CUTS]
+    dress = replace(_LONGEST_TOP, cut="dress")
+    coat = replace(dress, hem=0.2)
+    front = Canvas.for_figure(size_wh)
     _paint_front(front, drawing.figure, skeleton(drawing.figure))
-    # A pixel at the edge of a hand is part cloth, so only what lies well inside stays free.
-    free = cv2.erode((front.labels > 0).astype(np.uint8), _disc(0.6 * _scale(size_wh))) > 0
+    free = front.wholly_labelled()  # a pixel at the edge of a hand is part cloth
     reach = {
         "upper": _reach(drawing.figure, tops, size_wh),
         "lower": _reach(drawing.figure, lowers, size_wh),
@@ -208,6 +215,15 @@ def masks(drawing: Drawing) -> dict[str, Image]:
     }
     reach["inner"] = reach["upper"]
     return {kind: np.where(area & ~free, np.uint8(255), np.uint8(0)) for kind, area in reach.items()}
+
+
+def _with_another(draw: np.random.Generator, worn: Outfit, kind: Kind) -> tuple[Outfit, Garment]:
+    """The outfit with its upper or lower part changed, and the new part."""
+    if kind == "lower" or worn.lower is None:
+        piece = sample_lower(draw, unlike=worn.upper.texture.base)
+        return replace(worn, lower=piece), piece
+    piece = sample_garment(draw, "top", unlike=worn.lower.texture.base)
+    return replace(worn, upper=piece), piece
 
 
 def _reach(figure: Figure, garments: list[Garment], size_wh: tuple[int, int]) -> NDArray[np.bool_]:

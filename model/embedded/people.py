@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 
 from model.embedded.body import Figure, Skeleton, limb
@@ -24,7 +25,9 @@ def paint_backdrop(canvas: Canvas, figure: Figure) -> None:
         canvas.image[:] = figure.wall
     else:
         share = np.linspace(0, 1, height)[:, None] * (0.9 if figure.backdrop == "gradient" else 0.25)
-        canvas.image[:] = np.rint(far * (1 - share) + near * share).astype(np.uint8)[:, None]
+        column = np.rint(far * (1 - share) + near * share).astype(np.uint8)[:, None]  # (H, 1, 3)
+        # Ten times faster than broadcasting over pixels of three bytes.
+        cv2.resize(column, canvas.image.shape[1::-1], dst=canvas.image, interpolation=cv2.INTER_NEAREST)
     # Wider than the figure's units: a broad picture shows more to the sides.
     left, right, bottom = -4.0 * UNITS_WH[0], 5.0 * UNITS_WH[0], 2.0 * UNITS_WH[1]
     if figure.backdrop == "room":
@@ -104,10 +107,10 @@ def paint_hands_and_shoes(canvas: Canvas, figure: Figure, bones: Skeleton) -> No
         canvas.flat(ellipse((thumb[0], thumb[1]), 2.1 * unit, 2.6 * unit), figure.skin, HAND, edge=edge)
         canvas.flat(_oval(palm, ahead, 6.4 * unit, 4.6 * unit), figure.skin, HAND, edge=edge)
     for side, leg in zip((-1, 1), bones.legs):
-        x = float(leg[2, 0]) + side * 2.5 * unit
-        shoe = ellipse((x, bones.sole - 1.5), 9.5 * unit, 10.5 * unit, arc_deg=(180, 360))
+        x = float(leg[2, 0]) + side * 2 * unit
+        shoe = ellipse((x, bones.sole - 1.5), 9 * unit, 9.5 * unit, arc_deg=(180, 360))
         canvas.flat(shoe, figure.shoes, SHOE, edge=shade(figure.shoes, _EDGE))
-        canvas.flat(_rectangle(x - 10 * unit, bones.sole - 2, x + 10 * unit, bones.sole), (244, 244, 240), SHOE)
+        canvas.flat(_rectangle(x - 9.5 * unit, bones.sole - 2, x + 9.5 * unit, bones.sole), (244, 244, 240), SHOE)
 
 
 def paint_head(canvas: Canvas, figure: Figure, bones: Skeleton) -> None:
@@ -137,7 +140,7 @@ def _paint_face(canvas: Canvas, figure: Figure, bones: Skeleton) -> None:
         bend((x, y + 3 * unit), (x + 2.2 * unit, y + 7 * unit), (x, y + 7 * unit)), shade(figure.skin, 0.78), 0.9 * unit
     )
     mouth = bend(
-        (x - 4 * unit, y + 10.4 * unit), (x, y + (11 + 3 * figure.smile) * unit), (x + 4 * unit, y + 10.4 * unit)
+        (x - 4 * unit, y + 10.4 * unit), (x, y + (11.8 + 2.6 * figure.smile) * unit), (x + 4 * unit, y + 10.4 * unit)
     )
     canvas.line(mouth, _LIP, 1.4 * unit)
 

@@ -57,11 +57,11 @@ class Texture:
         column = np.floor(across / self.pitch + np.float32(0.5)).astype(np.int32)
         row = np.floor(along / self.pitch).astype(np.int32)
         if self.pattern == "horizontal":
-            return row % 2 == 1
+            return np.asarray(row % 2 == 1)
         if self.pattern == "vertical":
-            return column % 2 == 1
+            return np.asarray(column % 2 == 1)
         if self.pattern == "checks":
-            return (row + column) % 2 == 1
+            return np.asarray((row + column) % 2 == 1)
         period = np.float32(1.7 * self.pitch)
         x = np.mod(across + period / 2, period) - period / 2
         y = np.mod(along, period) - period / 2
@@ -70,7 +70,7 @@ class Texture:
     def palette(self) -> NDArray[np.uint8]:
         """(256, 3) uint8 RGB from base to accent."""
         share = np.linspace(0, 1, 256)[:, None]
-        return np.rint(np.array(self.base) * (1 - share) + np.array(self.accent) * share).astype(np.uint8)
+        return np.asarray(np.rint(np.array(self.base) * (1 - share) + np.array(self.accent) * share), np.uint8)
 
 
 def sample_texture(draw: np.random.Generator, *, unlike: Colour | None = None) -> Texture:

@@ -62,8 +62,12 @@ def sample_outfit(draw: np.random.Generator, *, dress: bool | None = None) -> Ou
     if draw.random() < 0.2 if dress is None else dress:
         return Outfit(sample_garment(draw, "dress"), None)
     upper = sample_garment(draw, "top")
-    lower = sample_garment(draw, LOWER_CUTS[int(draw.random() < 0.36)], unlike=upper.texture.base)
-    return Outfit(upper, lower, bool(draw.random() < 0.3))
+    return Outfit(upper, sample_lower(draw, unlike=upper.texture.base), bool(draw.random() < 0.3))
+
+
+def sample_lower(draw: np.random.Generator, *, unlike: Colour | None = None) -> Garment:
+    """Random trousers or a skirt in a colour that differs from `unlike`."""
+    return sample_garment(draw, LOWER_CUTS[int(draw.random() < 0.36)], unlike=unlike)
 
 
 def sample_garment(draw: np.random.Generator, cut: str, *, unlike: Colour | None = None) -> Garment:

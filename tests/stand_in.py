@@ -1,0 +1,130 @@
+"""Small real implementations of the service's ports, for tests of what is built on them."""
+
+from __future__ import annotations
+
+import io
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image as Pillow
+
+from container.errors import ImageNotFound
+from container.settings import Settings
+from container.storage import LocalStorage
+from container.wiring import Ports, assemble
+
+
+def png(array):
+    """The bytes of a PNG file with these pixels."""
+    file = io.BytesIO()
+    Pillow.fromarray(array).save(file, "PNG")
+    return file.getvalue()
+
+
+def noise(height=256, width=192, seed=0):
+    """HWC uint8 pixels of a seed."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def box_mask(height=256, width=192):
+    """HW uint8: 255 in the middle half, 0 around it."""
+    mask = np.zeros((height, width), np.uint8)
+    mask[height // 4 : 3 * height // 4, width // 4 : 3 * width // 4] = 255
+    return mask
+
+
+def usual_files():
+    """One picture for each role, as PNG bytes."""
+    return {
+        "person.png": png(noise(seed=1)),
+        "upper.png": png(noise(200, 100, seed=2)),
+        "lower.png": png(noise(100, 100, seed=3)),
+        "mask.png": png(box_mask()),
+    }
+
+
+def usual_request(**changes):
+    """The fields of a good request; a change to None takes the field away."""
+    fields = {
+        "person_image_url": "https://images.example/person.png",
+        "upper_cloth_url": "https://images.example/upper.png",
+        "lower_cloth_url": "https://images.example/lower.png",
+        "mask_image_url": "https://images.example/mask.png",
+        "cloth_type": "overall",
+        "userId": "7",
+        "timestamp": "241108-230001",
+        "output_format": "png",
+        **changes,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+class FakeFetcher:
+    """Files by the last part of their URL; remembers what was asked for."""
+
+    def __init__(self, files=None):
+        self.files = usual_files() if files is None else files
+        self.asked = []
+
+    def fetch(self, ref, *, user_id, deadline):
+        self.asked.append(ref)
+        name = ref.rpartition("/")[2].partition("?")[0]
+        if name not in self.files:
+            raise ImageNotFound(name)
+        return self.files[name]
+
+
+class RecordingNotifier:
+    """Keeps the messages; fails as often as told."""
+
+    def __init__(self):
+        self.events = []
+        self.failures = []
+
+    def send(self, event):
+        if self.failures:
+            raise self.failures.pop()
+        self.events.append(event)
+
+
+class StandInEngine:
+    """Paints one colour that depends on the seed, after waiting as long as told; counts its pictures."""
+
+    name = "stand-in"
+
+    def __init__(self, seconds=0.0):
+        self.seconds = seconds
+        self.made = []
+        self.failures = []
+        self.begun = threading.Event()
+        self.may_end = threading.Event()
+        self.may_end.set()
+
+    def generate(self, inputs, settings):
+        self.begun.set()
+        time.sleep(self.seconds)
+        self.may_end.wait(10)
+        if self.failures:
+            raise self.failures.pop()
+        self.made.append(settings)
+        picture = np.empty((settings.height, settings.width, 3), np.uint8)
+        picture[:] = np.random.default_rng(settings.seed).integers(0, 256, 3)
+        return picture
+
+
+@contextmanager
+def running_app(tmp_path: Path, *, engine=None, fetcher=None, notifier=None, storage=None, **settings):
+    """A wired service with a warm stand-in engine, results in `tmp_path`."""
+    engine = engine or StandInEngine()
+    ports = Ports(fetcher or FakeFetcher(), storage or LocalStorage(tmp_path), notifier or RecordingNotifier())
+    app = assemble(Settings(output_dir=tmp_path, **settings), ports, lambda: engine, lambda _engine: None)
+    app.worker.start()
+    assert app.worker.wait_until_loaded(5)
+    try:
+        yield app
+    finally:
+        engine.may_end.set()
+        app.worker.stop(5)

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.pipeline import Job, step_flops
+
+ROOT = Path(__file__).parents[1]
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "bench.pipeline", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_the_tiny_bench_prints_and_writes_what_it_measured(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    done = bench("--config", "tiny", "--device", "cpu", "--steps", "2", "--repeats", "2", "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    assert "medians of 2 runs of 2 guided steps" in done.stdout
+    report = json.loads(path.read_text())
+    assert (report["config"], report["device"], report["dtype"]) == ("tiny", "cpu", "float32")
+    assert (report["height"], report["width"], report["steps"], report["repeats"]) == (128, 96, 2, 2)
+    for stage in ("encode_s", "denoise_step_s", "decode_s", "rest_s"):
+        assert 0 < report[stage] < 60
+    assert report["achieved_tflop_per_s"] == pytest.approx(report["step_tflop"] / report["denoise_step_s"])
+    assert report["peak_memory_kind"] == "process_rss"
+    assert report["peak_memory_bytes"] > 2**20
+    assert set(report["versions"]) == {"python", "torch", "diffusers"}
+
+
+def test_a_guided_step_of_the_published_model_is_16_6_tflop() -> None:
+    job = Job("sd15", torch.device("cpu"), torch.float32, height=1024, width=768, steps=1, repeats=1)
+    assert step_flops(job) / 1e12 == pytest.approx(16.605, abs=0.001)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_where_there_is_none_is_a_usage_error() -> None:
+    done = bench("--config", "tiny", "--device", "cuda")
+    assert done.returncode == 2
+    assert "no CUDA device is present" in done.stderr

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from catvton_recipe import build_pipeline, write_published_layout
+from PIL import Image
+
+from model import embedded, weights
+from model.catvton import engine as engine_module
+from model.catvton.engine import CatVTONEngine, choose_device, choose_dtype, load, to_picture
+from model.interface import (
+    EMBEDDED,
+    BadPicture,
+    DeviceFailed,
+    EngineError,
+    EngineOptions,
+    GenerationSettings,
+    OutOfMemory,
+    TryOnInputs,
+)
+
+SETTINGS = GenerationSettings(steps=2, guidance=2.5, seed=11, width=48, height=64)
+
+
+def inputs() -> TryOnInputs:
+    rng = np.random.default_rng(3)
+    mask = np.zeros((90, 70), np.uint8)
+    mask[30:60, 20:50] = 255
+    return TryOnInputs(rng.integers(0, 256, (90, 70, 3), np.uint8), rng.integers(0, 256, (40, 50, 3), np.uint8), mask)
+
+
+class FakePipeline:
+    """Answers a call with a tensor, or fails with an exception."""
+
+    def __init__(self, answer: torch.Tensor | Exception) -> None:
+        self.answer = answer
+
+    def __call__(self, *_args: object, **_kwargs: object) -> SimpleNamespace:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return SimpleNamespace(images=self.answer)
+
+
+def generate(answer: torch.Tensor | Exception) -> np.ndarray:
+    return CatVTONEngine(FakePipeline(answer), "catvton/fake").generate(inputs(), SETTINGS)
+
+
+def shaded() -> torch.Tensor:
+    return torch.linspace(0, 1, 3 * 64 * 48).reshape(1, 3, 64, 48)
+
+
+@pytest.fixture
+def verified(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """The calls of `weights.verify`, which finds nothing to complain about."""
+    calls: list[tuple] = []
+    monkeypatch.setattr(weights, "verify", lambda *arguments: calls.append(arguments))
+    return calls
+
+
+def test_the_picture_is_the_pipelines_for_that_seed() -> None:
+    pipeline = build_pipeline()
+    picture = CatVTONEngine(pipeline, "catvton/mix").generate(inputs(), SETTINGS)
+    given = inputs()
+    expected = pipeline(
+        given.person,
+        given.garment,
+        given.mask,
+        height=64,
+        width=48,
+        num_inference_steps=2,
+        guidance_scale=2.5,
+        generator=torch.Generator("cpu").manual_seed(11),
+    ).images[0]
+    assert picture.dtype == np.uint8
+    np.testing.assert_array_equal(picture, np.asarray(expected))
+
+
+def test_the_largest_seed_is_taken() -> None:
+    settings = GenerationSettings(steps=1, guidance=1.0, seed=2**63 - 1, width=48, height=64)
+    assert CatVTONEngine(build_pipeline(), "catvton/mix").generate(inputs(), settings).shape == (64, 48, 3)
+
+
+def test_a_picture_drawn_at_the_work_size_is_enlarged_with_lanczos() -> None:
+    engine = CatVTONEngine(FakePipeline(shaded()), "catvton/embedded", work_size_wh=(48, 64))
+    settings = GenerationSettings(steps=1, guidance=1.0, seed=0, width=96, height=128)
+    picture = engine.generate(inputs(), settings)
+    small = Image.fromarray(to_picture(shaded()[0]))
+    np.testing.assert_array_equal(picture, np.asarray(small.resize((96, 128), Image.Resampling.LANCZOS)))
+
+
+def test_the_work_size_itself_is_not_resized() -> None:
+    engine = CatVTONEngine(FakePipeline(shaded()), "catvton/embedded", work_size_wh=(48, 64))
+    np.testing.assert_array_equal(engine.generate(inputs(), SETTINGS), to_picture(shaded()[0]))
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+def test_one_value_that_is_not_finite_makes_a_bad_picture(poison: float) -> None:
+    pixels = shaded()
+    pixels[0, 1, 5, 7] = poison
+    with pytest.raises(BadPicture, match="not finite"):
+        generate(pixels)
+
+
+@pytest.mark.parametrize("level", [0.0, 0.5, 1.0])
+def test_a_picture_of_one_value_is_a_bad_picture(level: float) -> None:
+    with pytest.raises(BadPicture, match="every value of the picture"):
+        generate(torch.full((1, 3, 64, 48), level))
+
+
+def test_nan_in_the_weights_makes_a_bad_picture() -> None:
+    pipeline = build_pipeline()
+    with torch.no_grad():
+        pipeline.vae.decoder.conv_out.bias[0] = torch.nan
+    with pytest.raises(BadPicture, match="not finite"):
+        CatVTONEngine(pipeline, "catvton/mix").generate(inputs(), SETTINGS)
+
+
+def test_out_of_memory_empties_the_cache_and_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    cause = torch.cuda.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(OutOfMemory) as caught:
+        generate(cause)
+    assert caught.value.__cause__ is cause
+    assert emptied == [True]
+
+
+def test_a_sticky_cuda_error_means_the_device_failed() -> None:
+    cause = RuntimeError("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(DeviceFailed) as caught:
+        generate(cause)
+    assert caught.value.__cause__ is cause
+
+
+@pytest.mark.skipif(not hasattr(torch, "AcceleratorError"), reason="this torch has no AcceleratorError")
+def test_an_accelerator_error_means_the_device_failed() -> None:
+    with pytest.raises(DeviceFailed):
+        generate(torch.AcceleratorError("unspecified launch failure"))
+
+
+def test_any_other_runtime_error_is_an_engine_error() -> None:
+    cause = RuntimeError("shapes do not match")
+    with pytest.raises(EngineError) as caught:
+        generate(cause)
+    assert type(caught.value) is EngineError
+    assert caught.value.__cause__ is cause
+
+
+def test_published_weights_are_verified_before_they_are_loaded(tmp_path: Path, verified: list[tuple]) -> None:
+    root = write_published_layout(tmp_path, variant="vitonhd")
+    engine = load(EngineOptions(weights=root, variant="vitonhd", device="cpu"))
+    assert verified == [(root, "catvton", "vitonhd")]
+    assert engine.name == "catvton/vitonhd"
+    assert engine.generate(inputs(), SETTINGS).shape == (64, 48, 3)
+
+
+def test_weights_that_are_not_verified_are_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_arguments: object) -> None:
+        raise weights.WeightsError("model.safetensors is damaged")
+
+    monkeypatch.setattr(weights, "verify", refuse)
+    monkeypatch.setattr(engine_module.CatVTONPipeline, "from_published", None)
+    with pytest.raises(weights.WeightsError, match="is damaged"):
+        load(EngineOptions(weights=tmp_path, device="cpu"))
+
+
+def test_the_embedded_model_works_at_its_own_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "load_pipeline", build_pipeline, raising=False)
+    monkeypatch.setattr(embedded, "WORK_SIZE_WH", (24, 32), raising=False)
+    engine = load(EngineOptions(weights=EMBEDDED, device="cpu"))
+    assert engine.name == "catvton/embedded"
+    assert engine.generate(inputs(), SETTINGS).shape == (64, 48, 3)
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_the_progress_bar_is_shown_only_on_request(
+    tmp_path: Path, verified: list[tuple], capsys: pytest.CaptureFixture[str], progress: bool
+) -> None:
+    root = write_published_layout(tmp_path)
+    load(EngineOptions(weights=root, device="cpu", progress=progress)).generate(inputs(), SETTINGS)
+    assert ("2/2" in capsys.readouterr().err) is progress
+
+
+def test_devices_go_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [choose_device(name).type for name in ("auto", "cuda", "cpu")] == ["cuda", "cuda", "cpu"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert [choose_device(name).type for name in ("auto", "cpu")] == ["cpu", "cpu"]
+    with pytest.raises(ValueError, match="device 'cuda' was asked for but no CUDA device is present"):
+        choose_device("cuda")
+    with pytest.raises(ValueError, match="unknown device 'tpu'; one of: auto, cuda, cpu"):
+        choose_device("tpu")
+
+
+def test_dtypes_go_by_name() -> None:
+    assert choose_dtype("auto", torch.device("cpu")) is torch.float32
+    assert choose_dtype("auto", torch.device("cuda")) is torch.float16
+    assert choose_dtype("bfloat16", torch.device("cpu")) is torch.bfloat16
+    with pytest.raises(ValueError, match="unknown dtype 'int8'; one of: auto, float16, bfloat16, float32"):
+        choose_dtype("int8", torch.device("cpu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tf32", [True, False])
+def test_on_cuda_the_picture_is_near_that_of_the_cpu(tmp_path: Path, verified: list[tuple], tf32: bool) -> None:
+    root = write_published_layout(tmp_path)
+    drawn = [
+        load(EngineOptions(weights=root, device=device, dtype="float32", tf32=tf32)).generate(inputs(), SETTINGS)
+        for device in ("cpu", "cuda")
+    ]
+    assert np.abs(drawn[0].astype(int) - drawn[1]).mean() < 2

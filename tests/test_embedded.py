@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from model import embedded, geometry
+from model.embedded import WORK_SIZE_WH, demo_pictures, load_pipeline
+
+# diffusers decorates functions with autocast("cuda") at import, which torch 2.7 answers with this on a CPU.
+pytestmark = pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda':UserWarning")
+
+WEIGHTS_SHA256 = "66c688d9b969fbfef57892d2b6826f6421fd8da18072cf67a22a73b4319ca4af"
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    loaded = load_pipeline()
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def picture(pipeline, seed, steps=3):
+    import torch
+
+    pictures = demo_pictures(size_wh=WORK_SIZE_WH)
+    garment = geometry.join_garments(pictures["upper"], pictures["lower"])
+    (image,) = pipeline(
+        pictures["person"],
+        garment,
+        pictures["mask"],
+        width=WORK_SIZE_WH[0],
+        height=WORK_SIZE_WH[1],
+        num_inference_steps=steps,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="np",
+    ).images
+    return image
+
+
+def test_the_package_is_imported_without_torch() -> None:
+    code = "import sys, model.embedded; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_weights_are_the_same_on_every_version_of_torch(pipeline) -> None:
+    digest = hashlib.sha256()
+    for part in (pipeline.vae, pipeline.unet):
+        for name, weight in sorted(part.named_parameters()):
+            digest.update(name.encode() + weight.detach().numpy().tobytes())
+    assert digest.hexdigest() == WEIGHTS_SHA256
+
+
+def test_the_model_is_catvton_at_a_tiny_size(pipeline) -> None:
+    assert pipeline.unet.config.in_channels == 9
+    assert pipeline.vae.config.latent_channels == 4
+    assert pipeline.vae_scale_factor == 8
+    assert 1e6 < sum(weight.numel() for weight in pipeline.unet.parameters()) < 4e6
+    assert not any(side % 8 for side in WORK_SIZE_WH)
+    assert {weight.device.type for weight in pipeline.unet.parameters()} == {"cpu"}
+
+
+def test_the_scheduler_is_the_published_one(pipeline) -> None:
+    scheduler = pipeline.scheduler.config
+    assert type(pipeline.scheduler).__name__ == "DDIMScheduler"
+    assert (scheduler.beta_start, scheduler.beta_end, scheduler.beta_schedule) == (0.00085, 0.012, "scaled_linear")
+    assert (scheduler.num_train_timesteps, scheduler.steps_offset, scheduler.timestep_spacing) == (1000, 1, "leading")
+    assert (scheduler.prediction_type, scheduler.clip_sample, scheduler.set_alpha_to_one) == ("epsilon", False, False)
+
+
+def test_a_picture_is_finite_varied_and_follows_the_seed(pipeline) -> None:
+    first, again, other = picture(pipeline, 1), picture(pipeline, 1), picture(pipeline, 2)
+    assert first.shape == (WORK_SIZE_WH[1], WORK_SIZE_WH[0], 3)
+    assert np.isfinite(first).all()
+    assert first.std() > 0.05
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_loading_leaves_torchs_global_generator_alone() -> None:
+    import torch
+
+    before = torch.random.get_rng_state()
+    load_pipeline()
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_the_demo_pictures_fit_each_other() -> None:
+    pictures = demo_pictures()
+    assert list(pictures) == ["person", "upper", "lower", "mask"]
+    assert pictures["person"].shape == (1024, 768, 3)
+    assert pictures["mask"].shape == (1024, 768)
+    assert set(np.unique(pictures["mask"])) == {0, 255}
+    joined = geometry.join_garments(pictures["upper"], pictures["lower"])
+    assert joined.shape == pictures["person"].shape
+
+
+def test_the_demo_pictures_follow_size_and_seed() -> None:
+    small = demo_pictures(size_wh=(96, 128))
+    assert small["person"].shape == (128, 96, 3)
+    assert small["upper"].shape == small["lower"].shape == (64, 96, 3)
+    assert not np.array_equal(small["person"], demo_pictures(size_wh=(96, 128), seed=1_000_001)["person"])
+    assert embedded.DEMO_SEED >= 1_000_000
