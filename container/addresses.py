@@ -51,8 +51,10 @@ def is_public(address: str) -> bool:
     """True for a host's address on the public internet; False for every special range and for what is no address."""
     try:
         parsed = ip_address(address)
-    except ValueError:  # a scope ("fe80::1%eth0") or no address
+    except ValueError:
         return False
     if isinstance(parsed, IPv4Address):
         return not any(parsed in network for network in SPECIAL_V4)
+    if parsed.scope_id is not None:  # "fe80::1%eth0" names an interface of ours
+        return False
     return parsed in UNICAST_V6 and not any(parsed in network for network in SPECIAL_V6)

@@ -154,17 +154,19 @@ class HttpsFetcher:
             body_or_location = self._get(target, deadline)
             if isinstance(body_or_location, bytes):
                 return body_or_location
-            target = self._policy.parse(urljoin(target.url, body_or_location.url))
+            target = self._policy.parse(_joined(target.url, body_or_location.url))
         raise TooManyRedirects(f"more than {MAX_REDIRECTS} redirects")
 
     def _get(self, target: Target, deadline: float) -> bytes | _Location:
         backend = _Backend(self._addresses, target.trusted, deadline)
+        # In parts: out of a string, httpcore would read the URL again and lose ";..." and an empty query.
+        url = httpcore.URL(scheme=target.scheme, host=target.host, port=target.port, target=target.path)
         try:
             with (
                 httpcore.ConnectionPool(
                     ssl_context=self._tls, network_backend=backend, max_keepalive_connections=0, retries=0
                 ) as pool,
-                pool.stream("GET", target.url, headers=HEADERS) as response,
+                pool.stream("GET", url, headers=HEADERS) as response,
             ):
                 headers = {name.lower(): value for name, value in response.headers}
                 if response.status in REDIRECTS and b"location" in headers:
@@ -308,6 +310,13 @@ class _Stream(httpcore.NetworkStream):
 
     def get_extra_info(self, info: str) -> Any:  # noqa: ANN401 - httpcore's signature
         return self._stream.get_extra_info(info)
+
+
+def _joined(base: str, location: str) -> str:
+    try:
+        return urljoin(base, location)
+    except ValueError as exc:  # "https://["
+        raise UrlNotPermitted("redirected to what is no URL") from exc
 
 
 def _left(deadline: float) -> float:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 import struct
-import warnings
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from container.errors import (
     ImageFormatNotPermitted,
@@ -22,6 +21,16 @@ MIN_SIDE = 64  # px; below it the engine's latents have no room
 MAX_PIXELS = 50_000_000  # a 48 MP phone photo fits
 MAX_ASPECT = 8
 WHITE, BLACK = 255, 0
+ORIENTATION = 0x0112  # EXIF tag
+UPRIGHT = {  # orientation -> what undoes it
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 SIGNATURES = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG"}
 OTHER_FORMATS = (
     b"GIF8",
@@ -54,16 +63,14 @@ def decode(content: bytes, background: int = WHITE) -> Pixels:
     """
     name = _format_of(content)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # Pillow warns of bombs and of damaged metadata
-            warnings.simplefilter("ignore", UserWarning)  # damaged EXIF alone spoils no picture
-            with Image.open(io.BytesIO(content), formats=[name]) as opened:
-                _check_size(*opened.size)
-                if getattr(opened, "is_animated", False):
-                    raise ImageFormatNotPermitted("animated")
-                opened.load()
-                upright = ImageOps.exif_transpose(opened)
-                return _flatten(upright, background)
+        with Image.open(io.BytesIO(content), formats=[name]) as opened:
+            _check_size(*opened.size)
+            if name != "JPEG" and getattr(opened, "is_animated", False):  # phones add previews to a JPEG; it is still
+                raise ImageFormatNotPermitted("animated")
+            opened.load()
+            if name == "PNG":
+                _check_chunks(content)
+            return _flatten(_upright(opened), background)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, struct.error, OverflowError) as exc:
         raise ImageNotDecodable(f"{name}: {type(exc).__name__}") from exc
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as exc:
@@ -96,7 +103,7 @@ def encode(image: Pixels, output_format: str, quality: int) -> bytes:
     elif output_format == "webp":
         picture.save(file, "WEBP", quality=quality, method=4)
     else:
-        picture.save(file, "JPEG", quality=quality, subsampling=0, optimize=True)
+        picture.save(file, "JPEG", quality=quality, subsampling=0)
     return file.getvalue()
 
 
@@ -120,6 +127,18 @@ def _check_size(width: int, height: int) -> None:
         raise ImageTooManyPixels(f"{width}x{height}")
     if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
         raise ImageTooSmall(f"{width}x{height}")
+
+
+def _check_chunks(content: bytes) -> None:
+    """Refuses a PNG whose pixels could be read but whose checksums are wrong or whose end is missing."""
+    with Image.open(io.BytesIO(content), formats=["PNG"]) as opened:
+        opened.verify()
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF says; Pillow's `exif_transpose` also writes EXIF, which fails on damaged tags."""
+    turn = UPRIGHT.get(picture.getexif().get(ORIENTATION, 1))
+    return picture if turn is None else picture.transpose(turn)
 
 
 def _flatten(picture: Image.Image, background: int) -> Pixels:

@@ -135,7 +135,7 @@ def parse(fields: object) -> TryOnRequest:
     except ValidationError as exc:
         first = exc.errors(include_url=False, include_input=False)[0]
         name = first["ctx"]["name"] if first["type"] == "garment" else str(first["loc"][0]) if first["loc"] else None
-        raise InvalidRequest(f"{first['type']} at {name}"[:200], field=name and _printable(name)) from exc
+        raise InvalidRequest(f"{first['type']} at {name}"[:200], field=_printable(name) if name else None) from exc
 
 
 def _printable(name: str) -> Optional[str]:

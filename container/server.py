@@ -43,9 +43,8 @@ class DrainingServer(uvicorn.Server):
         self._app.admission.drain()
 
     def watch(self) -> None:
-        """On a thread of its own: loads the model, then waits for the end and brings it about."""
+        """On a thread of its own: waits for the model, then for the end, and brings that about."""
         worker, admission = self._app.worker, self._app.admission
-        worker.start()
         while not worker.wait_until_loaded(POLL_S) and not admission.draining:
             pass
         if worker.failure is not None:
@@ -68,6 +67,7 @@ class DrainingServer(uvicorn.Server):
 
     def run_to_the_end(self) -> int:
         """Serves; the exit status of the process: 0 after a clean drain, 1 where the model or the device failed."""
+        self._app.worker.start()
         watcher = threading.Thread(target=self.watch, name="watch", daemon=True)
         watcher.start()
         self.run()

@@ -18,10 +18,12 @@ from model.interface import EMBEDDED
 
 PREFIX = "VTON_"
 DEFAULT_PORT = 8080  # SageMaker's
-HOST = re.compile(r"(\*\.)?[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:[0-9]{1,5})?")
+MAX_PORT = 65535
+HOST = re.compile(r"(\*\.)?[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:(?P<port>[0-9]{1,5}))?")
+OTHER_NAMES = {"steps": "NUM_STEP", "port": "SAGEMAKER_BIND_TO_PORT"}  # read where the VTON_ name is not set
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
-Port = Annotated[int, Field(ge=1, le=65535)]
+Port = Annotated[int, Field(ge=1, le=MAX_PORT)]
 
 
 class SettingsError(Exception):
@@ -84,7 +86,7 @@ class Settings(BaseModel):
         if not isinstance(value, str):
             return value
         hosts = tuple(host.strip().lower() for host in value.split(",") if host.strip())
-        wrong = [host for host in hosts if not HOST.fullmatch(host)]
+        wrong = [host for host in hosts if not _is_host(host)]
         if wrong:
             raise ValueError("must be a comma-separated list of hosts, each with an optional :port")
         return hosts
@@ -109,13 +111,12 @@ class Settings(BaseModel):
         Raises:
             SettingsError: a VTON_ name is unknown or a value out of range; the text names the variable and the range.
         """
-        values: Dict[str, Any] = {
-            name[len(PREFIX) :].lower(): value for name, value in environ.items() if name.startswith(PREFIX)
-        }
-        unknown = sorted(PREFIX + name.upper() for name in values.keys() - cls.model_fields.keys())
+        fields = {PREFIX + name.upper(): name for name in cls.model_fields}
+        unknown = sorted(name for name in environ if name.startswith(PREFIX) and name not in fields)
         if unknown:
             raise SettingsError(f"unknown setting {', '.join(unknown)}")
-        for name, variable in (("steps", "NUM_STEP"), ("port", "SAGEMAKER_BIND_TO_PORT")):
+        values: Dict[str, Any] = {fields[name]: value for name, value in environ.items() if name in fields}
+        for name, variable in OTHER_NAMES.items():
             if environ.get(variable):
                 values.setdefault(name, environ[variable])
         if environ.get("SAGEMAKER_CONTAINER_LOG_LEVEL"):
@@ -136,9 +137,14 @@ class Settings(BaseModel):
         return self
 
 
+def _is_host(host: str) -> bool:
+    match = HOST.fullmatch(host)
+    return match is not None and (match["port"] is None or 1 <= int(match["port"]) <= MAX_PORT)
+
+
 def _level_name(level: str) -> str:
     """ "INFO" for "info" and for "20": SageMaker's SDK sends numbers."""
-    name = logging.getLevelName(int(level)) if level.isdigit() else level.upper()
+    name = logging.getLevelName(int(level)) if level.isdecimal() else level.upper()
     if name not in LOG_LEVELS:
         raise SettingsError(f"SAGEMAKER_CONTAINER_LOG_LEVEL must be one of {', '.join(LOG_LEVELS)} or their numbers")
     return str(name)
@@ -149,8 +155,9 @@ def _sentences(exc: ValidationError, environ: Mapping[str, str]) -> List[str]:
     sentences = []
     for error in exc.errors(include_url=False, include_input=False):
         message = error["msg"].removeprefix("Value error, ")
-        name = PREFIX + str(error["loc"][0]).upper() if error["loc"] else ""
-        if name == "VTON_STEPS" and name not in environ:
-            name = "NUM_STEP"
+        field = str(error["loc"][0]) if error["loc"] else ""
+        name = PREFIX + field.upper() if field else ""
+        if name not in environ:
+            name = OTHER_NAMES.get(field, name)
         sentences.append(f"{name}: {message}" if name else message)
     return sentences

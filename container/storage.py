@@ -20,7 +20,8 @@ from container.request import TryOnRequest
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-NOT_RETRYABLE = ("AccessDenied", "NoSuchBucket", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "403")
+NOT_RETRYABLE = ("AccessDenied", "NoSuchBucket", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken")
+NOT_RETRYABLE_HEAD = ("400", "403")  # the same errors: the answer to a HEAD has no body to name them
 TAKEN = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
 
 
@@ -203,7 +204,7 @@ def _write(path: Path, content: bytes) -> None:
 def _failed(response: Mapping[str, object]) -> StorageFailed:
     error = response["Error"]
     code = str(error["Code"]) if isinstance(error, dict) else ""
-    return StorageFailed(f"S3 answered {code}", retryable=code not in NOT_RETRYABLE)
+    return StorageFailed(f"S3 answered {code}", retryable=code not in NOT_RETRYABLE + NOT_RETRYABLE_HEAD)
 
 
 def _unreachable(exc: Exception) -> StorageFailed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Callable
 import boto3
 import numpy as np
 import structlog
+from boto3.exceptions import PythonDeprecationWarning
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError
 
@@ -116,16 +118,21 @@ def _notifier(settings: Settings) -> Notifier:
     if settings.queue_url is None:
         return NullNotifier()
     try:
-        return SqsNotifier(boto3.session.Session().client("sqs", config=AWS), settings.queue_url)
+        return SqsNotifier(_session().client("sqs", config=AWS), settings.queue_url)
     except BotoCoreError as exc:
         raise SettingsError(f"SQS cannot be addressed: {exc}") from exc
 
 
 def _s3() -> S3Client:
     try:
-        return boto3.session.Session().client("s3", config=AWS)
+        return _session().client("s3", config=AWS)
     except BotoCoreError as exc:
         raise SettingsError(f"S3 cannot be addressed: {exc}") from exc
+
+
+def _session() -> boto3.session.Session:
+    warnings.filterwarnings("ignore", category=PythonDeprecationWarning)  # Python 3.9 is what the container runs
+    return boto3.session.Session()
 
 
 def _loader(settings: Settings, progress: bool) -> Callable[[], Engine]:

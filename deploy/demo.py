@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -176,6 +177,7 @@ def container_environment(cloud: LocalCloud, trusted_host: str) -> dict[str, str
 def run_demo(output: Path) -> None:
     """Dresses a drawn figure through a local endpoint and leaves the pictures in `output`."""
     output.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # moto's web server logs every call
     pictures = demo_pictures()
     files = {f"{name}.png": _png(picture) for name, picture in pictures.items()}
     for name, content in files.items():

@@ -53,14 +53,6 @@ class _Strict:
 
 
 @dataclass(frozen=True)
-class Licence(_Strict):
-    """A licence's name, and in a sentence what it means for a user."""
-
-    name: str
-    sentence: str
-
-
-@dataclass(frozen=True)
 class WeightFile(_Strict):
     """One published file at `path` in its repository; size and hash are None where unknown until first fetched.
 
@@ -75,12 +67,16 @@ class WeightFile(_Strict):
 
 @dataclass(frozen=True)
 class Repository(_Strict):
-    """One published repository, kept in `folder`; a `revision` of None is chosen and recorded by the first download."""
+    """One published repository, kept in `folder`; a `revision` of None is chosen and recorded by the first download.
+
+    `licence` is its name, `notice` says in a sentence what that means for a user.
+    """
 
     folder: Inside
     repo_id: str
     revision: MaybeCommit
-    licence: Licence
+    licence: str
+    notice: str
     files: tuple[WeightFile, ...]
 
 
@@ -136,7 +132,7 @@ class Listed:
     known: bool
     recorded: bool
     present: bool
-    licence: Licence
+    licence: str
 
 
 def manifest() -> tuple[Repository, ...]:

@@ -3,13 +3,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from catvton_recipe import GOLDENS, build_pipeline, build_scheduler, build_unet, build_vae, write_published_layout
-from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, PNDMScheduler, UNet2DConditionModel
 from PIL import Image
 
 from model.catvton.attention import SkippedAttention
@@ -41,66 +42,68 @@ def draw(pipeline: CatVTONPipeline, seed: int = 5, **changes: object) -> torch.T
     return pipeline(*pictures(), **{**QUICK, "generator": seeded(seed), **changes}).images
 
 
+@dataclass(frozen=True)
 class Golden:
-    """One case of the goldens: its arguments, its pictures and what came out."""
+    """One case of the goldens, and what this pipeline made of it."""
 
-    def __init__(self, case: str) -> None:
-        self.arguments = json.loads((GOLDENS / f"{case}.json").read_text())
-        self.arrays = dict(np.load(GOLDENS / f"{case}.npz"))
-        self.tolerance = 5e-2 if case == "wide_input" else 1e-3  # Pillow resizes wide pictures a grey level apart
+    expected: dict[str, np.ndarray]
+    drawn: dict[str, np.ndarray]
+    unet_calls: int
+    steps: int
+    tolerance: float
 
-    def run(self, output_type: str, watch: object = None) -> object:
-        case = self.arguments
-        pipeline = build_pipeline(case["config"], case["salt"])
-        if watch is not None:
-            pipeline.unet.register_forward_hook(watch)
-        return pipeline(
-            *(
-                [self.arrays[f"{kind}_{index}"] for index in range(case["batch"])]
-                for kind in ("person", "garment", "mask")
-            ),
-            height=case["height"],
-            width=case["width"],
-            num_inference_steps=case["steps"],
-            guidance_scale=case["guidance"],
-            generator=seeded(case["seed"]),
-            output_type=output_type,
-        ).images
+
+@pytest.fixture(scope="module", params=CASES)
+def golden(request: pytest.FixtureRequest) -> Golden:
+    case = json.loads((GOLDENS / f"{request.param}.json").read_text())
+    arrays = dict(np.load(GOLDENS / f"{request.param}.npz"))
+    pipeline, calls = build_pipeline(case["config"], case["salt"]), []
+    pipeline.unet.register_forward_hook(lambda _, inputs, outputs: calls.append((inputs[0], outputs[0])))
+    latent = pipeline(
+        *([arrays[f"{kind}_{index}"] for index in range(case["batch"])] for kind in ("person", "garment", "mask")),
+        height=case["height"],
+        width=case["width"],
+        num_inference_steps=case["steps"],
+        guidance_scale=case["guidance"],
+        generator=seeded(case["seed"]),
+        output_type="latent",
+    ).images
+    with torch.no_grad():
+        images = pipeline.convert(pipeline.decode(latent), "pil")
+    drawn = {
+        "first_unet_input": calls[0][0].numpy(),
+        "first_noise_pred": calls[0][1].numpy(),
+        "final_latent": latent.numpy(),
+        "image": np.stack([np.asarray(image) for image in images]),
+    }
+    tolerance = 5e-2 if request.param == "wide_input" else 1e-3  # Pillow resizes wide pictures a grey level apart
+    return Golden(arrays, drawn, len(calls), case["steps"], tolerance)
 
 
 def test_the_goldens_are_all_there() -> None:
     assert CASES == ["batch2_cfg", "single_cfg", "single_nocfg", "wide_input"]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_final_latent_is_the_references(case: str) -> None:
-    golden = Golden(case)
-    np.testing.assert_allclose(golden.run("latent"), golden.arrays["final_latent"], rtol=0, atol=golden.tolerance)
+@pytest.mark.parametrize("name", ["first_unet_input", "first_noise_pred", "final_latent"])
+def test_a_tensor_is_the_references(golden: Golden, name: str) -> None:
+    np.testing.assert_allclose(golden.drawn[name], golden.expected[name], rtol=0, atol=golden.tolerance)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_picture_is_the_references_within_two_levels(case: str) -> None:
-    golden = Golden(case)
-    drawn = np.stack([np.asarray(picture) for picture in golden.run("pil")])
-    assert drawn.shape == golden.arrays["image"].shape
-    assert np.abs(drawn.astype(int) - golden.arrays["image"]).max() <= 2
+def test_the_picture_is_the_references_within_two_levels(golden: Golden) -> None:
+    drawn, expected = golden.drawn["image"], golden.expected["image"]
+    assert drawn.shape == expected.shape
+    assert np.abs(drawn.astype(int) - expected).max() <= 2
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_first_step_is_the_references(case: str) -> None:
-    golden = Golden(case)
-    calls = []
-    golden.run("latent", watch=lambda _, inputs, outputs: calls.append((inputs[0], outputs[0])))
-    assert len(calls) == golden.arguments["steps"]
-    np.testing.assert_allclose(calls[0][0], golden.arrays["first_unet_input"], rtol=0, atol=golden.tolerance)
-    np.testing.assert_allclose(calls[0][1], golden.arrays["first_noise_pred"], rtol=0, atol=golden.tolerance)
+def test_the_unet_is_called_once_per_step(golden: Golden) -> None:
+    assert golden.unet_calls == golden.steps
 
 
 def test_the_timesteps_are_the_references() -> None:
-    golden = Golden("single_cfg")
+    case = json.loads((GOLDENS / "single_cfg.json").read_text())
     scheduler = build_scheduler()
-    scheduler.set_timesteps(golden.arguments["steps"])
-    assert scheduler.timesteps.tolist() == golden.arguments["timesteps"]
+    scheduler.set_timesteps(case["steps"])
+    assert scheduler.timesteps.tolist() == case["timesteps"]
 
 
 def test_the_same_seed_draws_the_same_picture_and_another_seed_another(pipeline: CatVTONPipeline) -> None:
@@ -211,8 +214,15 @@ def test_vae_tiling_can_be_switched_on_and_off(pipeline: CatVTONPipeline) -> Non
     assert torch.equal(draw(pipeline, height=128, width=96), whole)
 
 
-def test_another_scheduler_of_diffusers_works() -> None:
-    pipeline = CatVTONPipeline(build_vae(), build_unet(), EulerDiscreteScheduler())
+def test_model_offload_changes_no_pixel(pipeline: CatVTONPipeline) -> None:
+    offloaded = build_pipeline()
+    offloaded.enable_model_cpu_offload(device="cpu")
+    assert torch.equal(draw(offloaded), draw(pipeline))
+
+
+@pytest.mark.parametrize("scheduler", [DDPMScheduler(), PNDMScheduler(skip_prk_steps=True)])
+def test_a_scheduler_whose_step_takes_no_eta_works(scheduler: object) -> None:
+    pipeline = CatVTONPipeline(build_vae(), build_unet(), scheduler)
     pipeline.set_progress_bar_config(disable=True)
     assert torch.isfinite(draw(pipeline)).all()
 
@@ -327,6 +337,9 @@ def test_a_skipped_cross_attention_still_adds_the_second_norm() -> None:
         ({"width": 48.0}, "width must be a positive multiple of 8"),
         ({"num_inference_steps": 0}, "num_inference_steps"),
         ({"num_inference_steps": 2.5}, "num_inference_steps"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be a number"),
+        ({"guidance_scale": "2.5"}, "guidance_scale must be a number"),
+        ({"eta": -0.1}, "eta must be a number of at least 0"),
         ({"output_type": "tensor"}, "output_type must be one of pil, np, pt, latent"),
         ({"generator": 42}, "generator must be"),
         ({"generator": []}, "0 generators were given for 1 pictures"),

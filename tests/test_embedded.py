@@ -18,9 +18,15 @@ WEIGHTS_SHA256 = "66c688d9b969fbfef57892d2b6826f6421fd8da18072cf67a22a73b4319ca4
 
 @pytest.fixture(scope="module")
 def pipeline():
+    """Loaded once; on one thread, since two that wait for each other on a busy machine take 20 times as long."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     loaded = load_pipeline()
     loaded.set_progress_bar_config(disable=True)
-    return loaded
+    yield loaded
+    torch.set_num_threads(threads)
 
 
 def picture(pipeline, seed, steps=3):

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.embedded import figures
 from model.embedded.body import BACKDROPS, HAIR_STYLES, NEUTRAL, sample_figure, skeleton
 from model.embedded.figures import (
     KINDS,
@@ -194,9 +193,8 @@ def test_a_large_drawing_is_the_small_one_with_finer_edges() -> None:
 
 
 def test_bare_arms_show_skin_and_long_sleeves_hide_it() -> None:
-    bare, covered = (
-        draw_person(NEUTRAL, Outfit(Garment("dress", figures._PLAIN, sleeve=sleeve), None)) for sleeve in (0.0, 0.98)
-    )
+    garment = Garment("dress", Texture("plain", (200, 40, 40), (0, 0, 0), 0.2))
+    bare, covered = (draw_person(NEUTRAL, Outfit(replace(garment, sleeve=share), None)) for share in (0.0, 0.98))
     assert np.count_nonzero(bare.labels == ARM) > 800
     assert np.count_nonzero(covered.labels == ARM) < 60
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Union
 
@@ -48,6 +49,13 @@ def check_generator(generator: object, batch: int) -> None:
         raise ValueError(f"{len(generators)} generators were given for {batch} pictures")
     if generator is not None and not all(isinstance(each, torch.Generator) for each in generators):
         raise ValueError("generator must be a torch.Generator or a list of them")
+
+
+def check_scales(**scales: object) -> None:
+    """Raise ValueError, naming the scale, unless each is a finite number that is not negative."""
+    for name, scale in scales.items():
+        if not isinstance(scale, (int, float)) or not math.isfinite(scale) or scale < 0:
+            raise ValueError(f"{name} must be a number of at least 0, not {scale!r}")
 
 
 def person_tensor(people: Sequence[Image.Image], width: int, height: int) -> torch.Tensor:

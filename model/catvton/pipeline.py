@@ -20,7 +20,15 @@ from torch.nn import functional
 
 from model.catvton.attention import without_cross_attention
 from model.catvton.checkpoint import load_components
-from model.catvton.inputs import Pictures, check_generator, garment_tensor, mask_tensor, matched_lists, person_tensor
+from model.catvton.inputs import (
+    Pictures,
+    check_generator,
+    check_scales,
+    garment_tensor,
+    mask_tensor,
+    matched_lists,
+    person_tensor,
+)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -83,7 +91,7 @@ class CatVTONPipeline(DiffusionPipeline):  # type: ignore[misc]
         )
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
 
-    # diffusers compares loaded components with these classes, and before 0.37 could not read them from strings.
+    # diffusers compares loaded components with these classes, and 0.36 does not read them from strings.
     __init__.__annotations__.update(get_type_hints(__init__))
 
     @classmethod
@@ -129,22 +137,21 @@ class CatVTONPipeline(DiffusionPipeline):  # type: ignore[misc]
             person_image: a Pillow image, an HWC uint8 RGB array, or a list of them (a batch).
             garment_image: the same; fitted whole, on white.
             mask_image: the same or HW uint8; of the person's size, 128 and above where cloth is repainted.
-            height: of the result, px, a multiple of the VAE's factor (8).
-            width: the same.
+            height, width: of the result, px, multiples of the VAE's factor (8).
             num_inference_steps: at least 1.
             guidance_scale: 1 or less turns guidance off, which halves the work.
             eta: share of fresh noise in each step, for schedulers that take it; 1 is DDPM, 0 deterministic DDIM.
             generator: one for the batch, or one per picture so that a picture does not depend on its neighbours.
             output_type: "pil", "np" (NHWC float32 in [0, 1]), "pt" (BCHW float32 in [0, 1]) or "latent".
             return_dict: False returns the tuple (images, nsfw_detected).
-            callback_on_step_end: called with (pipeline, step, timestep, {"latents": ...}) and answers with such a
-                dict; its latents are used from there on.
+            callback_on_step_end: called with (pipeline, step, timestep, {"latents": ...}); answers with such a dict.
         Raises:
             ValueError: an argument is of the wrong type or size, or the lists differ in length.
         """
         # 1. Check the arguments
         people, garments, masks = matched_lists(person_image, garment_image, mask_image)
         check_generator(generator, len(people))
+        check_scales(guidance_scale=guidance_scale, eta=eta)
         self.check_settings(height, width, num_inference_steps, output_type)
         # 2. Crop, fit and scale the pictures
         device = self._execution_device

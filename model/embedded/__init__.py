@@ -17,6 +17,7 @@ from model.interface import Image
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
 
     from model.catvton.pipeline import CatVTONPipeline
 
@@ -34,31 +35,16 @@ def load_pipeline() -> CatVTONPipeline:
 
     Loading neither reads a file nor moves torch's global generator.
     """
-    # Heavy: whoever draws figures or asks for the size needs neither.
+    # Heavy, here and below: whoever draws figures or asks for the size needs none of it.
     import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from diffusers import DDIMScheduler
 
     from model.catvton.pipeline import CatVTONPipeline
 
     with torch.random.fork_rng(devices=[]):
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(16, 32, 32, 32),
-            latent_channels=_LATENT_CHANNELS,
-            norm_num_groups=8,
-            sample_size=WORK_SIZE_WH[1],
-        )
-        unet = UNet2DConditionModel(
-            in_channels=2 * _LATENT_CHANNELS + 1,
-            out_channels=_LATENT_CHANNELS,
-            down_block_types=("CrossAttnDownBlock2D",) * 2,
-            up_block_types=("CrossAttnUpBlock2D",) * 2,
-            block_out_channels=(64, 128),
-            layers_per_block=1,
-            attention_head_dim=2,
-            cross_attention_dim=32,
-        )
+        vae, unet = _tiny_vae(), _tiny_unet()
+    for part, seed in ((vae, _WEIGHTS_SEED), (unet, _WEIGHTS_SEED + 1)):
+        _draw_weights(part, seed)
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -67,8 +53,6 @@ def load_pipeline() -> CatVTONPipeline:
         set_alpha_to_one=False,
         steps_offset=1,
     )
-    for part, seed in ((vae, _WEIGHTS_SEED), (unet, _WEIGHTS_SEED + 1)):
-        _draw_weights(part, seed)
     return CatVTONPipeline(vae=vae.eval(), unet=unet.eval(), scheduler=scheduler)
 
 
@@ -92,6 +76,34 @@ def demo_pictures(*, size_wh: tuple[int, int] = DEMO_SIZE_WH, seed: int = DEMO_S
         "lower": draw_garment(lower, half),
         "mask": masks(person)["overall"],
     }
+
+
+def _tiny_vae() -> AutoencoderKL:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 32, 32),
+        latent_channels=_LATENT_CHANNELS,
+        norm_num_groups=8,
+        sample_size=WORK_SIZE_WH[1],
+    )
+
+
+def _tiny_unet() -> UNet2DConditionModel:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        in_channels=2 * _LATENT_CHANNELS + 1,
+        out_channels=_LATENT_CHANNELS,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        block_out_channels=(64, 128),
+        layers_per_block=1,
+        attention_head_dim=2,
+        cross_attention_dim=32,
+    )
 
 
 def _draw_weights(module: torch.nn.Module, seed: int) -> None:

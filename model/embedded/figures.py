@@ -242,7 +242,7 @@ def _scale(size_wh: tuple[int, int]) -> float:
 
 
 def _disc(radius_px: float) -> Image:
-    reach = max(1, int(np.ceil(radius_px)))
+    reach = max(2, int(np.ceil(radius_px)))
     return np.asarray(cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * reach + 1, 2 * reach + 1)), np.uint8)
 
 

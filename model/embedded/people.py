@@ -56,34 +56,8 @@ def paint_behind(canvas: Canvas, figure: Figure, bones: Skeleton) -> None:
     for leg in bones.legs:
         widths = (bones.hip_half * 0.46, 7.4 * unit, 4.9 * unit)
         canvas.flat(limb(leg, widths, stop=1.03), figure.skin, LEG, edge=edge)
-    x, half = bones.x, bones.shoulder_half
-    neck = np.concatenate(
-        [
-            np.array([[x, bones.neck - 14 * unit], [x + bones.neck_half, bones.neck - 14 * unit]]),
-            bend(
-                (x + bones.neck_half, bones.neck - 2 * unit),
-                (x + bones.neck_half, bones.shoulder - 5 * unit),
-                (x + half * 0.55, bones.shoulder - 2.6 * unit),
-            ),
-            bend(
-                (x + half - 6 * unit, bones.shoulder),
-                (x + half, bones.shoulder),
-                (x + half - 1, bones.shoulder + 9 * unit),
-            ),
-            np.array(
-                [
-                    [x + half - 4 * unit, bones.shoulder + 22 * unit],
-                    [x + bones.waist_half, bones.waist],
-                    [x + bones.hip_half, bones.hip],
-                    [x, bones.crotch],
-                ]
-            ),
-        ]
-    )
-    mirrored = neck[::-1].copy()
-    mirrored[:, 0] = 2 * x - mirrored[:, 0]
-    canvas.flat(np.concatenate([neck, mirrored]), figure.skin, NECK, edge=edge)
-    chin = ellipse((x, bones.head + 15 * unit), 8 * unit, 7 * unit, arc_deg=(0, 180))
+    canvas.flat(_trunk(bones), figure.skin, NECK, edge=edge)
+    chin = ellipse((bones.x, bones.head + 15 * unit), 8 * unit, 7 * unit, arc_deg=(0, 180))
     canvas.flat(chin, shade(figure.skin, 0.86), NECK)
 
 
@@ -210,6 +184,36 @@ def _paint_front_hair(canvas: Canvas, figure: Figure, bones: Skeleton) -> None:
                 (x + side * 12 * unit, y - 5 * unit),
             )
             canvas.flat(np.concatenate([lock, inner]), figure.hair, HAIR)
+
+
+def _trunk(bones: Skeleton) -> Points:
+    x, half, unit = bones.x, bones.shoulder_half, bones.unit
+    right = np.concatenate(
+        [
+            np.array([[x, bones.neck - 14 * unit], [x + bones.neck_half, bones.neck - 14 * unit]]),
+            bend(
+                (x + bones.neck_half, bones.neck - 2 * unit),
+                (x + bones.neck_half, bones.shoulder - 5 * unit),
+                (x + half * 0.55, bones.shoulder - 2.6 * unit),
+            ),
+            bend(
+                (x + half - 6 * unit, bones.shoulder),
+                (x + half, bones.shoulder),
+                (x + half - 1, bones.shoulder + 9 * unit),
+            ),
+            np.array(
+                [
+                    [x + half - 4 * unit, bones.shoulder + 22 * unit],
+                    [x + bones.waist_half, bones.waist],
+                    [x + bones.hip_half, bones.hip],
+                    [x, bones.crotch],
+                ]
+            ),
+        ]
+    )
+    left = right[::-1].copy()
+    left[:, 0] = 2 * x - left[:, 0]
+    return np.concatenate([right, left])
 
 
 def _skull(x: float, y: float, unit: float) -> Points:

@@ -1,0 +1,168 @@
+"""The container's process: how it starts, refuses to start, and stops."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import requests
+import uvicorn
+from stand_in import StandInEngine, running_app, usual_request
+
+from container.server import DrainingServer
+from container.vton_api import create_app
+from deploy.demo import free_port
+from model.interface import DeviceFailed
+
+SERVE = Path(__file__).resolve().parent.parent / "container" / "serve"
+
+
+def start(environ, tmp_path):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("VTON_", "SAGEMAKER_"))}
+    with (tmp_path / "serve.log").open("wb") as log:
+        return subprocess.Popen([sys.executable, str(SERVE)], env={**clean, **environ}, stderr=log)
+
+
+def refused(environ, tmp_path):
+    """The exit status and what was said by a process that should not come up."""
+    process = start(environ, tmp_path)
+    try:
+        return process.wait(60), (tmp_path / "serve.log").read_text()
+    finally:
+        process.kill()
+
+
+def wait_until_ready(port, process):
+    ends = time.monotonic() + 60
+    statuses = []
+    while time.monotonic() < ends and process.poll() is None:
+        try:
+            statuses.append(requests.get(f"http://127.0.0.1:{port}/ping", timeout=2).status_code)
+        except requests.exceptions.ConnectionError:
+            time.sleep(0.02)
+            continue
+        if statuses[-1] == 200:
+            return statuses
+        time.sleep(0.02)
+    raise AssertionError(f"not ready: {statuses[-3:]}, exit {process.poll()}")
+
+
+def test_ping_is_503_until_a_picture_was_made_and_sigterm_ends_an_idle_process_with_0(tmp_path):
+    port = free_port()
+    process = start({"VTON_OUTPUT_DIR": str(tmp_path), "SAGEMAKER_BIND_TO_PORT": str(port)}, tmp_path)
+    try:
+        statuses = wait_until_ready(port, process)
+        assert set(statuses[:-1]) <= {503}
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
+    events = [json.loads(line)["event"] for line in (tmp_path / "serve.log").read_text().splitlines()]
+    assert events.index("starting") < events.index("engine_loaded") < events.index("ready") < events.index("draining")
+
+
+def test_sigterm_while_the_model_loads_ends_the_process(tmp_path):
+    port = free_port()
+    process = start({"VTON_OUTPUT_DIR": str(tmp_path), "VTON_PORT": str(port)}, tmp_path)
+    try:
+        ends = time.monotonic() + 60
+        while time.monotonic() < ends:
+            try:
+                assert requests.get(f"http://127.0.0.1:{port}/ping", timeout=2).status_code == 503
+                break
+            except requests.exceptions.ConnectionError:
+                time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize(
+    ("environ", "sentence"),
+    [
+        ({}, "VTON_BUCKET"),
+        ({"VTON_OUTPUT_DIR": "x", "VTON_STEP": "3"}, "unknown setting VTON_STEP"),
+        ({"VTON_OUTPUT_DIR": "x", "NUM_STEP": "abc"}, "NUM_STEP: Input should be a valid integer"),
+        ({"VTON_OUTPUT_DIR": "x", "VTON_MAX_IN_FLIGHT": "-1"}, "VTON_MAX_IN_FLIGHT: Input should be greater"),
+        ({"VTON_OUTPUT_DIR": "x", "VTON_ENGINE": "paint"}, "VTON_ENGINE must be one of: catvton"),
+    ],
+)
+def test_a_wrong_setting_refuses_the_start_with_one_sentence(tmp_path, environ, sentence):
+    status, said = refused(environ, tmp_path)
+    assert status == 2
+    assert sentence in said
+    assert "Traceback" not in said
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("environ", "sentence"),
+    [
+        ({"VTON_DEVICE": "cuda", "CUDA_VISIBLE_DEVICES": ""}, "no CUDA device"),
+        ({"VTON_WEIGHTS": "/nowhere"}, "/nowhere"),
+        ({"VTON_VARIANT": "paint", "VTON_WEIGHTS": "/nowhere"}, "paint"),
+    ],
+)
+def test_a_model_that_cannot_load_refuses_the_start_with_a_sentence(tmp_path, environ, sentence):
+    base = {"VTON_OUTPUT_DIR": str(tmp_path), "VTON_PORT": str(free_port())}
+    status, said = refused({**base, **environ}, tmp_path)
+    assert status == 1
+    (event,) = [line for line in map(json.loads, said.splitlines()) if line["event"] == "start_refused"]
+    assert sentence in event["reason"]
+    assert "Traceback" not in said
+
+
+def test_on_sigterm_what_runs_is_finished_and_what_comes_is_refused(tmp_path):
+    engine = StandInEngine()
+    engine.may_end.clear()
+    app_here = running_app(tmp_path, engine=engine)
+    with app_here as app, draining_server(app) as (url, server), ThreadPoolExecutor(1) as pool:
+        running = pool.submit(requests.post, f"{url}/invocations", json=usual_request(), timeout=20)
+        assert engine.begun.wait(5)
+        server.handle_exit(signal.SIGTERM, None)
+        assert requests.get(f"{url}/ping", timeout=5).status_code == 503
+        later = requests.post(f"{url}/invocations", json=usual_request(timestamp="later"), timeout=5)
+        assert later.json()["error"]["code"] == "draining"
+        engine.may_end.set()
+        assert running.result(10).status_code == 200
+
+
+def test_a_failed_device_ends_the_process_with_1(tmp_path):
+    engine = StandInEngine()
+    engine.failures.append(DeviceFailed("CUDA error: an illegal memory access was encountered"))
+    with running_app(tmp_path, engine=engine) as app, draining_server(app) as (url, server):
+        failed = requests.post(f"{url}/invocations", json=usual_request(), timeout=20)
+        assert failed.json()["error"]["code"] == "gpu_failed"
+        ends = time.monotonic() + 5
+        while not server.should_exit and time.monotonic() < ends:
+            time.sleep(0.02)
+        assert server.failed
+
+
+@contextmanager
+def draining_server(app):
+    """A server on a thread of this process, around a worker that is warm already."""
+    port = free_port()
+    config = uvicorn.Config(create_app(app), host="127.0.0.1", port=port, log_config=None, lifespan="off")
+    server = DrainingServer(config, app)
+    threads = [threading.Thread(target=server.run), threading.Thread(target=server.watch)]
+    for thread in threads:
+        thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{port}", server
+    finally:
+        server.handle_exit(signal.SIGTERM, None)
+        for thread in threads:
+            thread.join(10)

@@ -1,0 +1,252 @@
+from __future__ import annotations
+
+import io
+import json
+import logging
+import time
+import warnings
+
+import pytest
+import structlog
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from container.telemetry import MAX_FIELD_CHARACTERS, Metrics, StageTimes, configure_logging, redact
+
+SIGNED = "https://bucket.s3.amazonaws.com/users/7/row.jpg?X-Amz-Signature=5ecret&X-Amz-Expires=60"
+
+
+class Log(io.StringIO):
+    def lines(self):
+        return [json.loads(line) for line in self.getvalue().splitlines()]
+
+    def line(self):
+        (only,) = self.lines()
+        return only
+
+
+@pytest.fixture
+def log():
+    """Logging as in production, on a stream of our own; what it changes in the process is put back."""
+    root, stream = logging.getLogger(), Log()
+    handlers, level = root.handlers[:], root.level
+    with warnings.catch_warnings():
+        configure_logging("INFO", stream)
+        yield stream
+    logging.captureWarnings(False)
+    root.handlers[:], root.level = handlers, level
+    structlog.contextvars.clear_contextvars()
+    structlog.reset_defaults()
+
+
+def fail(text):
+    raise ValueError(text)
+
+
+def test_an_event_is_one_json_object_with_its_fields(log):
+    structlog.get_logger().info("request_ended", code="ok", total_ms=12.5)
+    line = log.line()
+    assert (line["event"], line["level"], line["code"], line["total_ms"]) == ("request_ended", "info", "ok", 12.5)
+    assert line["timestamp"].endswith("Z")
+
+
+def test_a_librarys_line_is_one_json_object_too(log):
+    logging.getLogger("some.library").warning("lost %s of %d", "one", 3)
+    assert (log.line()["event"], log.line()["level"]) == ("lost one of 3", "warning")
+
+
+def test_uvicorns_lines_are_json_and_come_once(log):
+    logging.getLogger("uvicorn.error").info("Started")
+    assert log.line()["event"] == "Started"
+
+
+def test_a_warning_is_one_json_object_too(log):
+    warnings.warn("old name", DeprecationWarning, stacklevel=1)
+    assert "old name" in log.line()["event"]
+
+
+def test_fields_of_a_librarys_line_are_kept(log):
+    logging.getLogger("some.library").info("done", extra={"attempt": 2})
+    assert log.line()["attempt"] == 2
+
+
+def test_the_requests_id_is_on_every_line_of_the_request(log):
+    structlog.contextvars.bind_contextvars(request_id="r-1")
+    structlog.get_logger().info("own")
+    logging.getLogger("some.library").info("foreign")
+    assert [line["request_id"] for line in log.lines()] == ["r-1", "r-1"]
+
+
+def test_lines_below_the_level_are_not_written(log):
+    structlog.get_logger().debug("detail")
+    logging.getLogger("some.library").debug("detail")
+    assert log.getvalue() == ""
+
+
+@pytest.mark.parametrize("library", ["botocore.endpoint", "urllib3.connectionpool", "PIL.Image", "filelock"])
+def test_chatty_libraries_are_heard_from_warning_on(log, library):
+    logging.getLogger(library).info("chat")
+    logging.getLogger(library).warning("trouble")
+    assert log.line()["event"] == "trouble"
+
+
+@pytest.mark.parametrize("text", ['x\n{"event": "forged", "level": "info"}', "x\r\ny", "x\u2028y", "x\x85y", "\x1b[2J"])
+def test_a_newline_in_a_value_cannot_forge_a_line(log, text):
+    structlog.get_logger().info("event", detail=text)
+    logging.getLogger("some.library").info("said %s", text)
+    structlog.get_logger().info(text)
+    assert [line["event"] == "forged" for line in log.lines()] == [False] * 3
+    assert log.getvalue().count("\n") == 3
+
+
+@given(st.text(max_size=50), st.text(min_size=1, max_size=10), st.text(max_size=50))
+@settings(deadline=None)
+def test_any_text_in_any_place_is_one_line_of_json(event, name, value):
+    line = structlog.processors.JSONRenderer()(None, "info", redact(None, "info", {"event": event, name: value}))
+    assert len(line.splitlines()) == 1
+    json.loads(line)
+
+
+@pytest.mark.parametrize(
+    ("text", "cut"),
+    [
+        (SIGNED, SIGNED.partition("?")[0]),
+        (f"GET '{SIGNED}' failed", "GET 'https://bucket.s3.amazonaws.com/users/7/row.jpg failed"),
+        (f"{SIGNED}\nthen {SIGNED}", "\nthen ".join([SIGNED.partition("?")[0]] * 2)),
+        ("https://host/a#fragment", "https://host/a"),
+        ("https://host?signature=1", "https://host"),
+        ("s3://bucket/key?versionId=1", "s3://bucket/key"),
+        ("no URL? none", "no URL? none"),
+    ],
+)
+def test_the_query_of_a_url_is_cut_off(text, cut):
+    assert redact(None, "info", {"event": text}) == {"event": cut}
+
+
+def test_no_signature_gets_into_the_log_by_an_events_field(log):
+    structlog.get_logger().info("fetched", url=SIGNED)
+    assert "5ecret" not in log.getvalue()
+
+
+def test_no_signature_gets_into_the_log_by_a_librarys_line(log):
+    logging.getLogger("some.library").warning("retrying %s", SIGNED)
+    assert "5ecret" not in log.getvalue()
+
+
+def test_no_signature_gets_into_the_log_by_the_requests_context(log):
+    structlog.contextvars.bind_contextvars(custom_attributes=SIGNED)
+    structlog.get_logger().info("event")
+    assert "5ecret" not in log.getvalue()
+
+
+def test_no_signature_gets_into_the_log_by_a_traceback(log):
+    try:
+        fail(SIGNED)
+    except ValueError:
+        structlog.get_logger().exception("failed")
+        logging.getLogger("some.library").exception("failed")
+    assert ["ValueError" in line["exception"] for line in log.lines()] == [True, True]
+    assert "5ecret" not in log.getvalue()
+
+
+@pytest.mark.parametrize("value", [ValueError(SIGNED), [SIGNED], {"url": SIGNED}, (SIGNED,), SIGNED.encode()], ids=type)
+def test_no_signature_gets_into_the_log_inside_another_value(log, value):
+    structlog.get_logger().info("failed", error=value)
+    assert "5ecret" not in log.getvalue()
+
+
+@pytest.mark.parametrize("value", [ValueError("x" * 100_000), ["x" * 100_000], b"x" * 100_000], ids=type)
+def test_a_long_value_of_any_type_is_bounded(log, value):
+    structlog.get_logger().info("failed", error=value)
+    assert len(log.getvalue()) < 2 * MAX_FIELD_CHARACTERS
+
+
+def test_numbers_and_small_structures_keep_their_type(log):
+    structlog.get_logger().info("ended", times={"fetch": 1.5}, ok=True, none=None, count=3)
+    line = log.line()
+    assert (line["times"], line["ok"], line["none"], line["count"]) == ({"fetch": 1.5}, True, None, 3)
+
+
+def test_the_text_of_an_exception_is_bounded(log):
+    try:
+        fail("x" * 100_000)
+    except ValueError:
+        structlog.get_logger().exception("failed")
+    assert len(log.line()["exception"]) == MAX_FIELD_CHARACTERS
+
+
+def test_the_end_of_a_bounded_traceback_still_names_the_error(log):
+    def deeper(levels):
+        return deeper(levels - 1) + 1 if levels else fail("the cause")
+
+    try:
+        deeper(100)
+    except ValueError:
+        structlog.get_logger().exception("failed")
+    assert log.line()["exception"].endswith("ValueError: the cause")
+
+
+def test_every_field_is_bounded(log):
+    logging.getLogger("some.library").info("x" * 100_000)
+    assert len(log.line()["event"]) == MAX_FIELD_CHARACTERS
+
+
+def test_a_line_that_cannot_be_formatted_does_not_stop_the_next(log):
+    structlog.get_logger().info("odd", value=object())
+    structlog.get_logger().info("next")
+    assert [line["event"] for line in log.lines()] == ["odd", "next"]
+
+
+def test_the_time_of_a_stage_is_the_time_inside_its_block():
+    times = StageTimes()
+    with times.measure("fetch"):
+        time.sleep(0.02)
+    assert 0.02 <= times.seconds()["fetch"] < 2
+
+
+def test_a_stage_that_fails_is_measured_too():
+    times = StageTimes()
+    with pytest.raises(ValueError, match="no"), times.measure("decode"):
+        fail("no")
+    assert "decode" in times.seconds()
+
+
+def test_two_spells_of_a_stage_are_added():
+    times = StageTimes()
+    times.add("store", 0.5)
+    times.add("store", 0.25)
+    assert times.seconds() == {"store": 0.75}
+
+
+def test_the_answer_has_milliseconds_in_the_order_of_the_stages_and_a_total():
+    times = StageTimes()
+    times.add("fetch", 0.0123456)
+    times.add("decode", 0.5)
+    milliseconds = times.milliseconds()
+    assert list(milliseconds) == ["fetch", "decode", "total"]
+    assert (milliseconds["fetch"], milliseconds["decode"]) == (12.3, 500.0)
+    assert milliseconds["total"] >= 0
+
+
+def test_what_seconds_returns_is_a_copy():
+    times = StageTimes()
+    times.seconds()["fetch"] = 1.0
+    assert times.seconds() == {}
+
+
+def test_the_stages_of_a_request_are_counted_in_the_metrics():
+    metrics, times = Metrics(), StageTimes()
+    times.add("fetch", 0.2)
+    metrics.observe(times)
+    assert metrics.registry.get_sample_value("vton_stage_seconds_count", {"stage": "fetch"}) == 1
+    assert metrics.registry.get_sample_value("vton_stage_seconds_sum", {"stage": "fetch"}) == 0.2
+
+
+def test_two_sets_of_metrics_share_nothing():
+    one, other = Metrics(), Metrics()
+    one.generations.inc()
+    assert other.registry.get_sample_value("vton_generations_total") == 0
+
+
+def test_every_metric_is_named_for_its_noun():
+    assert all(family.name.startswith("vton_") for family in Metrics().registry.collect())
