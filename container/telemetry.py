@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 600)
 QUERY = re.compile(r"(\w://[^\s?#]*)[?#]\S*")  # presigned URLs carry their signature behind the question mark
 MAX_FIELD_CHARACTERS = 2000
+CUT = " ... "
 
 
 def configure_logging(level: str, stream: TextIO = sys.stderr) -> None:
@@ -57,11 +58,25 @@ def configure_logging(level: str, stream: TextIO = sys.stderr) -> None:
 
 
 def redact(_logger: object, _method: str, event: MutableMapping[str, object]) -> MutableMapping[str, object]:
-    """Cuts queries off URLs and bounds the length of every field."""
+    """Cuts queries off URLs and bounds the length of every text, wherever in a field it stands."""
     for name, value in event.items():
-        if isinstance(value, str):
-            event[name] = QUERY.sub(r"\1", value)[:MAX_FIELD_CHARACTERS]
+        if not name.startswith("_"):  # structlog's own
+            event[name] = _redacted(value)
     return event
+
+
+def _redacted(value: object) -> object:
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, dict):
+        return {str(name): _redacted(member) for name, member in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_redacted(member) for member in value]
+    text = QUERY.sub(r"\1", value if isinstance(value, str) else repr(value))
+    if len(text) <= MAX_FIELD_CHARACTERS:
+        return text
+    half = (MAX_FIELD_CHARACTERS - len(CUT)) // 2
+    return text[:half] + CUT + text[-half:]  # a traceback names its error at the end
 
 
 class StageTimes:

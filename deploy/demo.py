@@ -179,7 +179,7 @@ def run_demo(output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # moto's web server logs every call
     pictures = demo_pictures()
-    files = {f"{name}.png": _png(picture) for name, picture in pictures.items()}
+    files = {f"{name}.png": png(picture) for name, picture in pictures.items()}
     for name, content in files.items():
         (output / name).write_bytes(content)
     with ExitStack() as stack:
@@ -194,7 +194,7 @@ def run_demo(output: Path) -> None:
         message = json.loads(cloud.client("sqs").receive_message(QueueUrl=cloud.queue_url)["Messages"][0]["Body"])
     with Pillow.open(io.BytesIO(result)) as opened:
         picture = np.asarray(opened.convert("RGB"))
-    (output / "result.png").write_bytes(_png(picture))
+    (output / "result.png").write_bytes(png(picture))
     _write_sheet(output / "sheet.png", pictures, picture)
     _report(answer, message, output)
 
@@ -233,7 +233,8 @@ def _report(answer: Mapping[str, Any], message: Mapping[str, Any], output: Path)
     click.echo("The embedded model has random weights: where it repaints there is colour noise, no clothes yet.")
 
 
-def _png(picture: Any) -> bytes:
+def png(picture: Any) -> bytes:
+    """The bytes of a PNG file with these pixels."""
     file = io.BytesIO()
     Pillow.fromarray(picture).save(file, "PNG")
     return file.getvalue()

@@ -148,7 +148,7 @@ def test_our_own_name_of_the_steps_comes_first():
 
 
 def test_with_both_names_the_wrong_one_is_named():
-    with pytest.raises(SettingsError, match="^VTON_STEPS: "):
+    with pytest.raises(SettingsError, match=r"^VTON_STEPS: "):
         Settings.from_env({"NUM_STEP": "15", "VTON_STEPS": "abc"})
 
 
@@ -187,7 +187,7 @@ def test_a_bucket_and_a_directory_exclude_each_other():
 
 
 def test_the_service_needs_a_place_for_results():
-    with pytest.raises(SettingsError, match="VTON_BUCKET.*VTON_OUTPUT_DIR"):
+    with pytest.raises(SettingsError, match=r"VTON_BUCKET.*VTON_OUTPUT_DIR"):
         Settings().require_a_place_for_results()
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -64,7 +65,5 @@ def test_every_json_value_comes_back_as_it_was_written(value):
 @given(st.binary(max_size=200))
 @settings(deadline=None)
 def test_random_bytes_are_a_value_or_invalid_json(body):
-    try:
+    with contextlib.suppress(InvalidJson):
         loads(body)
-    except InvalidJson:
-        pass

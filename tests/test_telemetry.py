@@ -172,23 +172,23 @@ def test_the_text_of_an_exception_is_bounded(log):
         fail("x" * 100_000)
     except ValueError:
         structlog.get_logger().exception("failed")
-    assert len(log.line()["exception"]) == MAX_FIELD_CHARACTERS
+    assert len(log.line()["exception"]) <= MAX_FIELD_CHARACTERS
 
 
 def test_the_end_of_a_bounded_traceback_still_names_the_error(log):
-    def deeper(levels):
-        return deeper(levels - 1) + 1 if levels else fail("the cause")
-
     try:
-        deeper(100)
-    except ValueError:
+        try:
+            fail("x" * 100_000)
+        except ValueError as exc:
+            raise OSError("the last word") from exc
+    except OSError:
         structlog.get_logger().exception("failed")
-    assert log.line()["exception"].endswith("ValueError: the cause")
+    assert log.line()["exception"].endswith("OSError: the last word")
 
 
 def test_every_field_is_bounded(log):
     logging.getLogger("some.library").info("x" * 100_000)
-    assert len(log.line()["event"]) == MAX_FIELD_CHARACTERS
+    assert len(log.line()["event"]) <= MAX_FIELD_CHARACTERS
 
 
 def test_a_line_that_cannot_be_formatted_does_not_stop_the_next(log):

@@ -1,0 +1,163 @@
+"""The README is true: its commands run, its tables are the code's."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import requests
+from catvton_recipe import write_published_layout
+from stand_in import usual_files
+
+from container.cli import EXIT_OF_CODE
+from container.errors import Outage, Refusal
+from container.request import TryOnRequest
+from container.settings import PREFIX, Settings
+from deploy.demo import FAKE_KEYS, free_port
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+README = (REPOSITORY / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line for language, block in BLOCKS if language == "sh" for line in block.splitlines()]
+PYTHON = [block for language, block in BLOCKS if language == "python"]
+TARGETS = [command.split()[1] for command in COMMANDS if command.startswith("make ")]
+
+
+def cells(row):
+    return [cell.strip().strip("`") for cell in row.strip("|").split("|")]
+
+
+def table_rows(heading):
+    """The cells of each row of the first table after a line that begins with `heading`."""
+    lines = README[README.index(heading) :].splitlines()
+    begin = next(number for number, line in enumerate(lines) if line.startswith("|---"))
+    rows = []
+    for line in lines[begin + 1 :]:
+        if not line.startswith("|"):
+            return rows
+        rows.append(cells(line))
+    return rows
+
+
+def run(command, folder, **environ):
+    bin_folder = str(Path(sys.executable).parent)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("VTON_")}
+    environment = {**clean, **environ, "PATH": f"{bin_folder}:{os.environ['PATH']}"}
+    return subprocess.run(shlex.split(command), cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_the_two_commands_come_first():
+    assert COMMANDS[:2] == ["make demo", "make test"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_each_make_target_exists(target):
+    assert run(f"make --dry-run {target}", REPOSITORY).returncode == 0
+
+
+def test_every_other_command_is_run_below():
+    others = [command for command in COMMANDS if not command.startswith("make ")]
+    assert [shlex.split(command)[:3] for command in others] == [
+        ["vton", "serve"],
+        ["vton", "run", "--person"],
+        ["vton", "weights", "list"],
+        ["vton", "weights", "download"],
+        ["vton", "weights", "verify"],
+    ]
+
+
+def command(beginning):
+    return next(line for line in COMMANDS if line.startswith(beginning))
+
+
+def test_vton_run_leaves_a_picture_and_its_strip(tmp_path):
+    for name, content in usual_files().items():
+        (tmp_path / name).write_bytes(content)
+    done = run(command("vton run"), tmp_path, VTON_STEPS="1")
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.suffix for path in (tmp_path / "vton_output").iterdir()) == [".jpg", ".png"]
+
+
+def test_vton_serve_becomes_ready_and_stops(tmp_path):
+    port = free_port()
+    environ = {**os.environ, "VTON_OUTPUT_DIR": str(tmp_path), "SAGEMAKER_BIND_TO_PORT": str(port)}
+    vton = Path(sys.executable).parent / "vton"
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen([str(vton), *shlex.split(command("vton serve"))[1:]], env=environ, stderr=log)
+    try:
+        ends, status = time.monotonic() + 60, 0
+        while status != 200 and time.monotonic() < ends:
+            time.sleep(0.1)
+            try:
+                status = requests.get(f"http://127.0.0.1:{port}/ping", timeout=2).status_code
+            except requests.exceptions.ConnectionError:
+                continue
+        assert status == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
+
+
+def test_weights_are_listed_verified_and_not_downloaded_without_a_hub(tmp_path):
+    assert "catvton" in run(command("vton weights list"), tmp_path).stdout
+    write_published_layout(tmp_path / "weights")
+    assert run(command("vton weights verify"), tmp_path).returncode == 0
+    offline = run(command("vton weights download"), tmp_path / "weights", HF_ENDPOINT="http://127.0.0.1:9")
+    assert offline.returncode == 78
+    assert "Traceback" not in offline.stderr
+
+
+def test_the_boto3_example_gets_a_key(endpoint, monkeypatch, capsys):
+    (example,) = [block for block in PYTHON if "invoke_endpoint" in block]
+    for name in ("person.jpg", "top.jpg", "trousers.jpg", "mask.png"):
+        role = {"top.jpg": "upper", "trousers.jpg": "lower"}.get(name, name.partition(".")[0])
+        example = example.replace(f"https://images.example/{name}", f"http://{endpoint.images}/{role}.png")
+    for name, value in {**FAKE_KEYS, "AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME": endpoint.runtime}.items():
+        monkeypatch.setenv(name, value)
+    exec(compile(example, "README.md", "exec"), {})  # noqa: S102 - the example is the thing under test
+    assert capsys.readouterr().out.strip() == "users/7/vton_result/241108-230001/result.jpg"
+
+
+def test_the_python_example_saves_a_picture(tmp_path):
+    (example,) = [block for block in PYTHON if "load_pipeline" in block]
+    (tmp_path / "example.py").write_text(example)
+    done = run(f"{sys.executable} example.py", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "dressed.png").exists()
+
+
+def test_the_table_of_settings_is_the_settings():
+    rows = table_rows("### Settings")
+    assert [row[0] for row in rows] == [PREFIX + name.upper() for name in Settings.model_fields]
+    for name, default, *_ in rows:
+        value = Settings.model_fields[name[len(PREFIX) :].lower()].default
+        written = {None: "", (): "", True: "true", False: "false"}.get(value, str(value))
+        assert default == written, name
+
+
+def test_the_table_of_errors_is_the_tree():
+    written = {}
+    for statuses, codes in table_rows("### Errors"):
+        for code in re.findall(r"\w+", codes):
+            written[code] = statuses
+    classes = {cls.code: str(cls.status) for base in (Refusal, Outage) for cls in base.__subclasses__()}
+    assert set(written) == set(classes)
+    assert all(status in written[code] for code, status in classes.items())
+
+
+def test_the_table_of_fields_is_the_request():
+    names = {name for row in table_rows("### Request") for name in re.findall(r"\w+", row[0])}
+    assert names == set(TryOnRequest.model_fields)
+
+
+def test_the_table_of_exits_is_the_command_lines():
+    written = {int(row[0]) for row in table_rows("`vton serve` and `container/serve` are")}
+    assert written == {0, 73, 75, 78, *EXIT_OF_CODE.values()}
