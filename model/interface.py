@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Union
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,7 +76,7 @@ class EngineOptions:
         progress: show a bar of the denoising steps on stderr.
     """
 
-    weights: Union[str, Path]
+    weights: str | Path
     variant: str = "mix"
     device: str = "auto"
     dtype: str = "auto"

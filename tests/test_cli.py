@@ -139,7 +139,7 @@ def test_every_refusal_has_an_exit_code_and_outages_say_retry():
 
 
 def test_published_weights_dress_a_person(pictures, tmp_path):
-    write_published_layout(tmp_path / "weights")
+    write_published_layout(tmp_path / "weights", "quick")
     output = tmp_path / "real.png"
     environ = {"VTON_WEIGHTS": str(tmp_path / "weights")}
     code = "import sys; from container.cli import main; main()"

@@ -318,12 +318,13 @@ def test_damaged_exif_alone_spoils_no_picture(exif):
     assert np.array_equal(decode(photo("PNG", exif=exif)), gradient())
 
 
-@DAMAGED_EXIF
 def test_exif_that_cannot_be_written_again_spoils_no_picture():
-    """Pillow's exif_transpose writes what it read, and a comment of type UNDEFINED cannot be written as a text."""
-    tags = [(0x0112, 3, 1, b"\x06\x00\x00\x00"), (0xA420, 5, 1, b"\x00\x00\x00\x00"), (0x8769, 2, 4, b"ab\x00\x00")]
-    entries = b"".join(struct.pack("<HHI", tag, kind, count) + value for tag, kind, count, value in tags)
-    exif = b"Exif\x00\x00II*\x00\x08\x00\x00\x00" + struct.pack("<H", len(tags)) + entries + b"\x00" * 4
+    """Pillow's exif_transpose writes what it read; of a latitude's letter that is three fractions it cannot."""
+    entry, end = struct.Struct(">HHII"), b"\x00" * 4
+    gps_at, fractions_at = 8 + 2 + 2 * entry.size + 4, 8 + 2 + 2 * entry.size + 4 + 2 + entry.size + 4
+    first = b"\x00\x02" + entry.pack(0x0112, 3, 1, 6 << 16) + entry.pack(0x8825, 4, 1, gps_at) + end
+    gps = b"\x00\x01" + entry.pack(1, 5, 3, fractions_at) + end
+    exif = b"Exif\x00\x00MM\x00*\x00\x00\x00\x08" + first + gps + struct.pack(">6I", 1, 1, 2, 1, 3, 1)
     assert decode(photo("JPEG", exif=exif)).shape == (96, 80, 3)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,21 @@ def load(options: EngineOptions) -> Engine:
         pipeline = embedded.load_pipeline().to(device, dtype)
     else:
         name, work_size_wh = f"catvton/{options.variant}", None
-        weights.verify(Path(options.weights), "catvton", options.variant)
+        _log_verification(weights.verify(Path(options.weights), "catvton", options.variant))
         pipeline = CatVTONPipeline.from_published(options.weights, options.variant, dtype, device)
     pipeline.set_progress_bar_config(disable=not options.progress)
     return CatVTONEngine(pipeline, name, work_size_wh=work_size_wh)
+
+
+def _log_verification(verification: weights.Verification) -> None:
+    log = logging.getLogger("vton.weights")
+    found = {"files": verification.files, "bytes": verification.bytes}
+    if verification.verified:
+        log.info("weights_verified", extra=found)
+    elif verification.recorded:
+        log.warning("weights_recorded", extra=found)  # first sight: nothing to compare with
+    else:
+        log.warning("weights_unverified", extra=found)  # no record, and none can be written
 
 
 def choose_device(device: str) -> torch.device:
