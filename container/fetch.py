@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Callable, Protocol
 from urllib.parse import urljoin
 
 import httpcore
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError, ClientError, ConnectTimeoutError, ReadTimeoutError
 
 from container.addresses import is_public
 from container.errors import (
@@ -228,6 +228,8 @@ class S3Fetcher:
         except ClientError as exc:
             status = exc.response["ResponseMetadata"]["HTTPStatusCode"]
             raise (ImageNotFound if status in (403, 404) else ImageSourceFailed)(f"S3 answered {status}") from exc
+        except (ConnectTimeoutError, ReadTimeoutError) as exc:
+            raise ImageSourceTimeout(type(exc).__name__) from exc
         except (BotoCoreError, OSError) as exc:
             raise ImageSourceFailed(type(exc).__name__) from exc
         return data

@@ -145,8 +145,7 @@ class LocalStorage:
         try:
             if not path.exists():
                 return None
-            facts = json.loads(_facts_path(path).read_text()) if _facts_path(path).exists() else {}
-            return StoredObject(key, _etag(path.read_bytes()), facts)
+            return StoredObject(key, _etag(path.read_bytes()), _read_facts(_facts_path(path)))
         except (OSError, ValueError) as exc:
             raise StorageFailed(f"{type(exc).__name__}: {exc}", retryable=False) from exc
 
@@ -183,6 +182,13 @@ def _facts(metadata: Mapping[str, str]) -> dict[str, str]:
 
 def _facts_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
+
+
+def _read_facts(path: Path) -> dict[str, str]:
+    facts = json.loads(path.read_text()) if path.exists() else {}
+    if not isinstance(facts, dict):
+        raise StorageFailed("the facts are no JSON object", retryable=False)
+    return facts
 
 
 def _etag(content: bytes) -> str:

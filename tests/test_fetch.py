@@ -31,6 +31,7 @@ from container.fetch import MAX_BYTES, ByScheme, HostPolicy, HttpsFetcher, S3Fet
 
 PUBLIC = "52.216.10.1"  # stands for the loopback server; `dialled` sees to it that nobody calls it
 HOST = "images.example"
+TLS_HELLO = b"\x16\x03"
 METADATA = "http://169.254.169.254/latest/meta-data/"
 
 
@@ -44,15 +45,14 @@ class ImageHost:
         self.answer, self.tls, self.requests, self.connections = answer, tls, [], 0
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port = self._socket.getsockname()[1]
-        self._closing = threading.Event()
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
         self._threads[0].start()
 
     def _accept(self):
         while True:
-            connection, _ = self._socket.accept()
-            if self._closing.is_set():
-                connection.close()
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:  # closed
                 return
             self.connections += 1
             thread = threading.Thread(target=self._serve, args=(connection,), daemon=True)
@@ -64,7 +64,7 @@ class ImageHost:
         try:
             with self.tls.wrap_socket(connection, server_side=True) if self.tls else connection as stream:
                 request = b""
-                while b"\r\n\r\n" not in request:
+                while b"\r\n\r\n" not in request and not request.startswith(TLS_HELLO):
                     received = stream.recv(65536)
                     if not received:
                         return
@@ -77,8 +77,7 @@ class ImageHost:
             connection.close()
 
     def close(self):
-        self._closing.set()
-        socket.create_connection(("127.0.0.1", self.port)).close()
+        self._socket.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
             thread.join(5)
         self._socket.close()
@@ -661,7 +660,7 @@ HEAD = b"HTTP/1.1 200 OK\r\n"
 @pytest.mark.parametrize(
     "answer",
     [
-        drips(b"", b""),
+        lambda stream, request: stream.recv(1),
         drips(HEAD, b"A: b\r\n"),
         drips(HEAD + b"Content-Length: 100000\r\n\r\n", b"12345"),
         drips(HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n"),
@@ -712,13 +711,8 @@ def test_a_silent_tls_handshake_ends_at_the_deadline(dialled, pool):
         assert time.monotonic() - began < 1.5
 
 
-def test_a_file_that_is_announced_too_large_is_not_read(local):
-    with pytest.raises(ImageTooLarge):
-        local(says(200, content_length=MAX_BYTES + 1))
-
-
-@pytest.mark.parametrize("length", ["9" * 19, "0" * 15 + "99999999"])
-def test_a_length_in_many_digits_is_announced_too_large(local, length):
+@pytest.mark.parametrize("length", [MAX_BYTES + 1, "9" * 20])
+def test_a_file_that_is_announced_too_large_is_not_read(local, length):
     with pytest.raises(ImageTooLarge):
         local(says(200, content_length=length))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 import requests
 import uvicorn
+from catvton_recipe import write_published_layout
 from stand_in import StandInEngine, running_app, usual_request
 
 from container.server import DrainingServer
@@ -120,6 +122,32 @@ def test_a_model_that_cannot_load_refuses_the_start_with_a_sentence(tmp_path, en
     (event,) = [line for line in map(json.loads, said.splitlines()) if line["event"] == "start_refused"]
     assert sentence in event["reason"]
     assert "Traceback" not in said
+
+
+def test_published_weights_serve_until_a_byte_of_them_is_flipped(tmp_path):
+    weights = write_published_layout(tmp_path / "weights", "quick")
+    port = free_port()
+    environ = {
+        "VTON_OUTPUT_DIR": str(tmp_path),
+        "VTON_WEIGHTS": str(weights),
+        "VTON_PORT": str(port),
+    }
+    process = start(environ, tmp_path)
+    try:
+        wait_until_ready(port, process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
+    damaged = weights / "sd-vae-ft-mse" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    status, said = refused(environ, tmp_path)
+    assert status == 1
+    (event,) = [line for line in map(json.loads, said.splitlines()) if line["event"] == "start_refused"]
+    assert "sd-vae-ft-mse/diffusion_pytorch_model.safetensors" in event["reason"]
+    assert hashlib.sha256(content).hexdigest()[:12] in event["reason"]
 
 
 def test_on_sigterm_what_runs_is_finished_and_what_comes_is_refused(tmp_path):

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image as Pillow
+
+VTON = Path(sys.executable).parent / "vton"
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """What the demo printed, and the folder it left."""
+    folder = tmp_path_factory.mktemp("demo")
+    done = subprocess.run([str(VTON), "demo", "-o", str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, folder
+
+
+def pixels(path):
+    with Pillow.open(path) as picture:
+        return np.asarray(picture)
+
+
+def test_it_prints_the_key_the_message_the_times_and_that_the_weights_are_random(shown):
+    printed, _ = shown
+    assert "users/7/vton_result/" in printed
+    assert '"initial_timestamp"' in printed
+    assert "generate" in printed
+    assert "random weights" in printed
+
+
+def test_it_leaves_pictures_to_look_at(shown):
+    _, folder = shown
+    names = {path.name for path in folder.glob("*.png")}
+    assert names == {"person.png", "upper.png", "lower.png", "mask.png", "result.png", "sheet.png"}
+
+
+def test_the_result_differs_from_the_person_only_inside_the_mask(shown):
+    _, folder = shown
+    person, mask, result = (pixels(folder / f"{name}.png") for name in ("person", "mask", "result"))
+    changed = (person != result).any(axis=2)
+    assert not changed[mask < 128].any()
+    assert changed[mask >= 128].mean() > 0.9
