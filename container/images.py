@@ -19,6 +19,7 @@ from model.interface import Image as Pixels
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MIN_SIDE = 64  # px; below it the engine's latents have no room
+MAX_SIDE = 1_000_000  # px; beyond it a header is damaged, not a picture large
 MAX_PIXELS = 50_000_000  # a 48 MP phone photo fits
 MAX_ASPECT = 8
 WHITE, BLACK = 255, 0
@@ -64,6 +65,8 @@ def decode(content: bytes, background: int = WHITE) -> Pixels:
         ImageFormatNotPermitted, ImageNotDecodable, ImageTooSmall, ImageTooManyPixels.
     """
     name = _format_of(content)
+    if name == "PNG" and max(struct.unpack(">II", content[16:24].ljust(8, b"\0"))) > MAX_SIDE:
+        raise ImageNotDecodable("a damaged header")
     try:
         with Image.open(io.BytesIO(content), formats=[name]) as opened:
             _check_size(*opened.size)

@@ -122,12 +122,12 @@ def test_the_two_colours_of_a_cloth_and_the_parts_of_an_outfit_differ_clearly() 
         assert sum(abs(a - b) for a, b in zip(outfit.upper.texture.base, outfit.lower.texture.base)) >= 150
 
 
-def test_the_narrowest_stripe_on_the_slimmest_person_is_five_pixels_at_work_size() -> None:
+def test_the_narrowest_stripe_on_the_slimmest_person_is_ten_pixels_at_work_size() -> None:
     draw = np.random.default_rng(2)
     bones = [skeleton(sample_figure(draw)) for _ in range(500)]
     bones.append(skeleton(replace(NEUTRAL, size=0.91, build=0.9, hips=0.92)))
     for bone in bones:
-        assert min(upper_frame(bone).width, lower_frame(bone).width) * PITCH_RANGE[0] >= 5
+        assert min(upper_frame(bone).width, lower_frame(bone).width) * PITCH_RANGE[0] >= 10
 
 
 def stripes(row, texture):
@@ -140,7 +140,7 @@ def stripes(row, texture):
 @pytest.mark.parametrize("pattern", ["vertical", "checks"])
 @pytest.mark.parametrize("cut", ["top", "skirt", "dress"])
 def test_person_and_shop_show_the_same_number_of_stripes(pattern, cut) -> None:
-    texture = Texture(pattern, (200, 40, 40), (30, 60, 190), 0.17)
+    texture = Texture(pattern, (200, 40, 40), (30, 60, 190), PITCH_RANGE[0])
     garment = Garment(cut, texture, sleeve=0, hem=0.4, ease=0.2, flare=0.1)
     plain = Garment("trousers", Texture("plain", (240, 240, 90), (0, 0, 0), 0.2), hem=0.36)
     if cut == "skirt":
@@ -152,7 +152,7 @@ def test_person_and_shop_show_the_same_number_of_stripes(pattern, cut) -> None:
         person, shop = draw_person(figure, outfit).image, draw_garment(garment)
         counts = [max(stripes(row, texture) for row in image) for image in (person, shop)]
         assert abs(counts[0] - counts[1]) <= 1
-        assert counts[1] >= 5
+        assert counts[1] >= 4
 
 
 @pytest.mark.parametrize("size_wh", [(192, 256), (192, 128), (768, 512), (64, 200)])

@@ -224,20 +224,25 @@ def test_a_damaged_png_is_not_decodable(content):
         decode(content)
 
 
+def test_a_png_that_claims_sides_of_2_to_the_31_is_damaged():
+    with pytest.raises(ImageNotDecodable):
+        decode(png_claiming(2**31 - 1, 2**31 - 1))
+
+
 # --- sizes
 
 
 @pytest.mark.parametrize(
     "size",
-    [(2**31 - 1, 2**31 - 1), (50_000, 50_000), (13_000, 13_000), (7_072, 7_072), (50_000_001, 1), (20_000, 2_501)],
+    [(50_000, 50_000), (13_000, 13_000), (7_072, 7_072), (1_000_000, 51), (20_000, 2_501)],
 )
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_bomb_is_refused_by_its_header_alone(size):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ImageTooManyPixels):
         decode(png_claiming(*size))
-    assert time.monotonic() - began < 0.1
+    assert time.process_time() - began < 0.1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10_000  # KiB
 
 
@@ -405,10 +410,10 @@ def moving(file_format, frames):
 @pytest.mark.parametrize(("file_format", "frames"), [("WEBP", 4), ("WEBP", 500), ("PNG", 4)])
 def test_a_moving_picture_is_refused_before_its_frames_are_decoded(file_format, frames):
     content = moving(file_format, frames)
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ImageFormatNotPermitted):
         decode(content)
-    assert time.monotonic() - began < 0.2
+    assert time.process_time() - began < 0.2
 
 
 def test_a_phones_jpeg_with_a_preview_behind_it_is_a_still_picture():

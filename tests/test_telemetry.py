@@ -27,7 +27,7 @@ class Log(io.StringIO):
 
 @pytest.fixture
 def log():
-    """Logging as in production, on a stream of our own; what it changes in the process is put back."""
+    """Logging as in production, on a stream of our own; the root logger and the warning filters are put back."""
     root, stream = logging.getLogger(), Log()
     handlers, level = root.handlers[:], root.level
     with warnings.catch_warnings():

@@ -8,7 +8,6 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import psutil
 import pytest
@@ -19,7 +18,6 @@ from stand_in import FakeFetcher, RecordingNotifier, StandInEngine, running_app,
 from container.vton_api import create_app
 from deploy.demo import http_server
 
-BATTERY = json.loads((Path(__file__).parent / "faults" / "battery.json").read_text())
 JSON = {"Content-Type": "application/json"}
 ERROR_MEMBERS = {"code", "message", "retryable", "request_id", "retry_after_s", "field", "object_key"}
 
@@ -67,11 +65,6 @@ def code_of(response):
     assert set(error) <= ERROR_MEMBERS
     assert {"code", "message", "retryable", "request_id"} <= set(error)
     return response.status_code, error["code"], error.get("field")
-
-
-def test_the_battery_is_the_whole_of_it():
-    assert len(BATTERY) == len({row["id"] for row in BATTERY})
-    assert {row["group"] for row in BATTERY} >= {"http_and_json", "mask_and_semantics", "keys_and_idempotency"}
 
 
 def test_a_good_request_is_answered_with_the_contracts_members(door):

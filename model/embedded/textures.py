@@ -13,9 +13,13 @@ Floats = NDArray[np.float32]
 
 PATTERNS = ("plain", "horizontal", "vertical", "checks", "dots", "logo", "gradient")
 _PATTERN_WEIGHTS = (0.26, 0.17, 0.14, 0.13, 0.12, 0.09, 0.09)
-# Of the garment's width. The slimmest figure is 36 px wide there at 192x256, and a stripe below 5 px would vanish in an
-# autoencoder that reduces 8 times.
-PITCH_RANGE = (0.145, 0.22)
+# Of the garment's width. The slimmest figure is 37 px wide there at 192x256, so a stripe has 10 px at least. An
+# autoencoder that reduces 16 times cannot show what repeats every 14-18 px: each of its cells would hold the same.
+PITCH_RANGE = (0.275, 0.345)
+_DOT_RADIUS = 0.28  # of their distance, which is two stripes
+_LOGO_MIDDLE = 0.62  # widths below the top edge: under the deepest neckline, above the shortest hem
+_LOGO_RADIUS = 0.28  # widths
+_LOGO_HOLE = 0.07  # widths
 _CLEAR_CONTRAST = 150  # sum of the absolute differences of two RGB colours that are told apart at a glance
 
 
@@ -50,7 +54,7 @@ class Texture:
         if self.pattern == "gradient":
             return np.broadcast_to(np.clip(along * 170, 0, 255).astype(np.uint8), shape)
         if self.pattern == "logo":
-            return _flower(across, along - np.float32(0.42))
+            return _flower(across, along - np.float32(_LOGO_MIDDLE))
         return np.broadcast_to(self._repeats(across, along).astype(np.uint8) * np.uint8(255), shape)
 
     def _repeats(self, across: Floats, along: Floats) -> NDArray[np.bool_]:
@@ -62,10 +66,10 @@ class Texture:
             return np.asarray(column % 2 == 1)
         if self.pattern == "checks":
             return np.asarray((row + column) % 2 == 1)
-        period = np.float32(1.7 * self.pitch)
+        period = np.float32(2 * self.pitch)
         x = np.mod(across + period / 2, period) - period / 2
         y = np.mod(along, period) - period / 2
-        return np.asarray(x * x + y * y < (0.31 * period) ** 2)
+        return np.asarray(x * x + y * y < (_DOT_RADIUS * period) ** 2)
 
     def palette(self) -> NDArray[np.uint8]:
         """(256, 3) uint8 RGB from base to accent."""
@@ -106,5 +110,5 @@ def shade(colour: Colour, factor: float) -> Colour:
 def _flower(across: Floats, along: Floats) -> NDArray[np.uint8]:
     radius = np.hypot(across, along)
     angle = np.arctan2(across, -along)
-    petals = radius < 0.2 * (0.72 + 0.28 * np.cos(5 * angle))
-    return np.asarray((petals & (radius > 0.05)).astype(np.uint8) * np.uint8(255))
+    petals = radius < _LOGO_RADIUS * (0.72 + 0.28 * np.cos(5 * angle))
+    return np.asarray((petals & (radius > _LOGO_HOLE)).astype(np.uint8) * np.uint8(255))
