@@ -59,6 +59,7 @@ def configure_logging(level: str, stream: TextIO = sys.stderr) -> None:
 
 def redact(_logger: object, _method: str, event: MutableMapping[str, object]) -> MutableMapping[str, object]:
     """Cuts queries off URLs and bounds the length of every text, wherever in a field it stands."""
+    event.pop("color_message", None)  # uvicorn's line a second time, for terminals
     for name, value in event.items():
         if not name.startswith("_"):  # structlog's own
             event[name] = _redacted(value)

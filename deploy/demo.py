@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ import click
 import numpy as np
 import requests
 import uvicorn
+from boto3.exceptions import PythonDeprecationWarning
 from botocore.config import Config
 from fastapi import FastAPI
 from moto.server import ThreadedMotoServer
@@ -61,6 +63,7 @@ class LocalCloud:
 
 def client(service: str, url: str) -> Any:
     """A boto3 client of something on this machine."""
+    warnings.filterwarnings("ignore", category=PythonDeprecationWarning)  # Python 3.9 is what the container runs
     make: Callable[..., Any] = boto3.client  # its types know literal names of services only
     return make(
         service,

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.utils import logging as diffusers_logging
 from PIL import Image as PillowImage
 
 from model import embedded, weights
@@ -37,6 +38,8 @@ def load(options: EngineOptions) -> Engine:
         ValueError: an unknown device, dtype or variant, or CUDA where there is none.
         WeightsError: a weight file is missing, damaged or does not fit.
     """
+    diffusers_logging.disable_default_handler()  # its lines go where the process's lines go
+    diffusers_logging.enable_propagation()
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
     if device.type == "cuda":
@@ -44,7 +47,9 @@ def load(options: EngineOptions) -> Engine:
         torch.backends.cudnn.allow_tf32 = options.tf32
     if options.weights == EMBEDDED:
         name, work_size_wh = "catvton/embedded", embedded.WORK_SIZE_WH
-        pipeline = embedded.load_pipeline().to(device, dtype)
+        pipeline = embedded.load_pipeline().to(device)
+        if dtype is not torch.float32:
+            pipeline.to(dtype)
     else:
         name, work_size_wh = f"catvton/{options.variant}", None
         _log_verification(weights.verify(Path(options.weights), "catvton", options.variant))
