@@ -81,7 +81,8 @@ class DrainingServer(uvicorn.Server):
 def main(environ: Mapping[str, str] | None = None) -> int:
     """A SageMaker endpoint with the settings of the environment; the exit status, 2 where a setting refuses the start.
 
-    The process ends by itself even where a thread still waits for a picture that can no longer be delivered.
+    The process ends at once after serving: it waits for no thread whose picture can no longer be delivered, and not for
+    torch, which takes a second to unload.
     """
     try:
         settings = Settings.from_env(os.environ if environ is None else environ).require_a_place_for_results()
@@ -94,10 +95,8 @@ def main(environ: Mapping[str, str] | None = None) -> int:
     if settings.trusted_hosts:
         log.warning("trusted_hosts", hosts=settings.trusted_hosts, why="private addresses, plain http: local work only")
     status = serve(create_app(app), app)
-    if app.admission.taken:
-        logging.shutdown()
-        os._exit(status)
-    return status
+    logging.shutdown()
+    os._exit(status)
 
 
 def serve(api: FastAPI, app: App) -> int:
