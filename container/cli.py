@@ -23,6 +23,7 @@ from container.images import FILE_OF, decode, decode_mask
 from container.request import CallContext, TryOnRequest, TryOnResult, parse
 from container.settings import Settings, SettingsError
 from container.telemetry import configure_logging
+from container.train_cli import train
 from container.wiring import App, build, https_fetcher
 from model import geometry, weights
 
@@ -142,6 +143,9 @@ def demo(output: Path) -> None:
     except ModuleNotFoundError as exc:
         _end(EXIT_SETTINGS, f"the demo needs {exc.name}: pip install 'vton-endpoint[demo]'")
     run_demo(output)
+
+
+main.add_command(train)
 
 
 @main.group("weights")

@@ -16,6 +16,7 @@ LEVEL_OF = {
     "container.addresses": 0,
     "model.interface": 0,
     "model.geometry": 0,
+    "model.training_options": 0,
     "container.request": 1,
     "container.settings": 1,
     "container.telemetry": 1,
@@ -29,6 +30,8 @@ LEVEL_OF = {
     "container.wiring": 7,
     "container.vton_api": 8,
     "container.server": 9,
+    "container.train_cli": 9,
+    "container.training_job": 9,
     "container.cli": 10,
     "deploy": 9,
 }

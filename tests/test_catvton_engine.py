@@ -174,7 +174,7 @@ def test_weights_that_are_not_verified_are_not_loaded(tmp_path: Path, monkeypatc
 
 
 def test_the_embedded_model_works_at_its_own_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "load_pipeline", build_pipeline, raising=False)
+    monkeypatch.setattr(embedded, "load_pipeline", lambda **_: build_pipeline())
     monkeypatch.setattr(embedded, "WORK_SIZE_WH", (24, 32), raising=False)
     engine = load(EngineOptions(weights=EMBEDDED, device="cpu"))
     assert engine.name == "catvton/embedded"

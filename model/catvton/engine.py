@@ -47,9 +47,7 @@ def load(options: EngineOptions) -> Engine:
         torch.backends.cudnn.allow_tf32 = options.tf32
     if options.weights == EMBEDDED:
         name, work_size_wh = "catvton/embedded", embedded.WORK_SIZE_WH
-        pipeline = embedded.load_pipeline().to(device)
-        if dtype is not torch.float32:
-            pipeline.to(dtype)
+        pipeline = embedded.load_pipeline(dtype=str(dtype).rpartition(".")[2], device=str(device))
     else:
         name, work_size_wh = f"catvton/{options.variant}", None
         _log_verification(weights.verify(Path(options.weights), "catvton", options.variant))
