@@ -46,7 +46,7 @@ MAX_HEADERS = 100  # the platform sends about a dozen
 BODY_TIMEOUT_S = 5.0
 INFERENCE_ID = "X-Amzn-SageMaker-Inference-Id"
 CUSTOM_ATTRIBUTES = "X-Amzn-SageMaker-Custom-Attributes"
-INFERENCE_ID_TEXT = re.compile(r"[\x21-\x7e]{1,64}")
+INFERENCE_ID_TEXT = re.compile(r"[\x20-\x7e]{1,64}")
 CUSTOM_ATTRIBUTES_TEXT = re.compile(r"[\x20-\x7e]{1,1024}")
 
 log = structlog.get_logger()
