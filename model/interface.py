@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +28,10 @@ class DeviceFailed(EngineError):
 
 class BadPicture(EngineError):
     """The model produced NaN or an all-constant picture."""
+
+
+class PersonNotFound(Exception):
+    """The picture shows too little of a person to say where cloth is; the text is for the log."""
 
 
 @dataclass(frozen=True)
@@ -99,3 +104,23 @@ class Engine(Protocol):
         Raises:
             OutOfMemory, DeviceFailed, BadPicture, EngineError.
         """
+
+
+class Masker(Protocol):
+    """Finds in a picture of a person what a try-on repaints. Immutable after load; called by one thread at a time."""
+
+    def mask(self, person: Image, cloth_type: str) -> Image:
+        """Where cloth is repainted; hands, feet, face and background stay free.
+
+        Args:
+            person: HWC uint8 RGB, upright.
+            cloth_type: "upper", "lower", "overall", "inner" or "outer".
+        Returns:
+            HW uint8 0/255 at the person's size.
+        Raises:
+            PersonNotFound: the picture shows too little of a person.
+            ValueError: an unknown type, or another shape or dtype.
+        """
+
+    def masks(self, person: Image, cloth_types: Sequence[str]) -> dict[str, Image]:
+        """What `mask` gives for each of the types, for the work of one."""

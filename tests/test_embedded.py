@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import subprocess
 import sys
 
@@ -12,8 +11,6 @@ from model.embedded import WORK_SIZE_WH, demo_pictures, load_pipeline
 
 # diffusers decorates functions with autocast("cuda") at import, which torch 2.7 answers with this on a CPU.
 pytestmark = pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda':UserWarning")
-
-WEIGHTS_SHA256 = "66c688d9b969fbfef57892d2b6826f6421fd8da18072cf67a22a73b4319ca4af"
 
 
 @pytest.fixture(scope="module")
@@ -52,20 +49,16 @@ def test_the_package_is_imported_without_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_the_weights_are_the_same_on_every_version_of_torch(pipeline) -> None:
-    digest = hashlib.sha256()
-    for part in (pipeline.vae, pipeline.unet):
-        for name, weight in sorted(part.named_parameters()):
-            digest.update(name.encode() + weight.detach().numpy().tobytes())
-    assert digest.hexdigest() == WEIGHTS_SHA256
+def test_the_model_fits_into_a_repository() -> None:
+    total = sum(path.stat().st_size for path in embedded.WEIGHTS_DIR.rglob("*.safetensors"))
+    assert total < 24e6
 
 
-def test_the_model_is_catvton_at_a_tiny_size(pipeline) -> None:
-    assert pipeline.unet.config.in_channels == 9
-    assert pipeline.vae.config.latent_channels == 4
-    assert pipeline.vae_scale_factor == 8
-    assert 1e6 < sum(weight.numel() for weight in pipeline.unet.parameters()) < 4e6
-    assert not any(side % 8 for side in WORK_SIZE_WH)
+def test_the_pipeline_takes_channels_factor_and_prediction_from_its_parts(pipeline) -> None:
+    latent_channels = pipeline.vae.config.latent_channels
+    assert pipeline.unet.config.in_channels == 2 * latent_channels + 1
+    assert not any(side % pipeline.vae_scale_factor for side in WORK_SIZE_WH)
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
     assert {weight.device.type for weight in pipeline.unet.parameters()} == {"cpu"}
 
 
@@ -74,7 +67,7 @@ def test_the_scheduler_is_the_published_one(pipeline) -> None:
     assert type(pipeline.scheduler).__name__ == "DDIMScheduler"
     assert (scheduler.beta_start, scheduler.beta_end, scheduler.beta_schedule) == (0.00085, 0.012, "scaled_linear")
     assert (scheduler.num_train_timesteps, scheduler.steps_offset, scheduler.timestep_spacing) == (1000, 1, "leading")
-    assert (scheduler.prediction_type, scheduler.clip_sample, scheduler.set_alpha_to_one) == ("epsilon", False, False)
+    assert (scheduler.clip_sample, scheduler.set_alpha_to_one) == (False, False)
 
 
 def test_a_picture_is_finite_varied_and_follows_the_seed(pipeline) -> None:
@@ -96,7 +89,7 @@ def test_loading_leaves_torchs_global_generator_alone() -> None:
 
 def test_the_demo_pictures_fit_each_other() -> None:
     pictures = demo_pictures()
-    assert list(pictures) == ["person", "upper", "lower", "mask"]
+    assert list(pictures) == ["person", "upper", "lower", "dress", "mask"]
     assert pictures["person"].shape == (1024, 768, 3)
     assert pictures["mask"].shape == (1024, 768)
     assert set(np.unique(pictures["mask"])) == {0, 255}

@@ -70,6 +70,7 @@ def test_every_other_command_is_run_below():
         ["vton", "weights", "list"],
         ["vton", "weights", "download"],
         ["vton", "weights", "verify"],
+        ["vton", "train", "--help"],
     ]
 
 
@@ -113,6 +114,13 @@ def test_weights_are_listed_verified_and_not_downloaded_without_a_hub(tmp_path):
     offline = run(command("vton weights download"), tmp_path / "weights", HF_ENDPOINT="http://127.0.0.1:9")
     assert offline.returncode == 78
     assert "Traceback" not in offline.stderr
+
+
+def test_vton_train_explains_itself(tmp_path):
+    done = run(command("vton train"), tmp_path)
+    assert done.returncode == 0
+    for named in ("--attention-only", "--from-scratch", "--resume", "--weights", "--vae"):
+        assert named in done.stdout
 
 
 def test_the_boto3_example_gets_a_key(endpoint, monkeypatch, capsys):
