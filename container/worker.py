@@ -96,7 +96,7 @@ class KeyLocks:
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
-        self._held: dict[str, threading.Thread] = {}
+        self._held: set[str] = set()
 
     @contextmanager
     def hold(self, key: str, deadline: float) -> Iterator[None]:
@@ -108,12 +108,12 @@ class KeyLocks:
         with self._condition:
             if not self._condition.wait_for(lambda: key not in self._held, timeout=deadline - time.monotonic()):
                 raise DeadlineExceeded("another request for the same key was still running")
-            self._held[key] = threading.current_thread()
+            self._held.add(key)
         try:
             yield
         finally:
             with self._condition:
-                del self._held[key]
+                self._held.remove(key)
                 self._condition.notify_all()
 
 
