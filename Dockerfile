@@ -8,11 +8,11 @@ FROM ghcr.io/astral-sh/uv:0.13.8 AS uv
 FROM ${BASE} AS build
 ARG PYTHON=3.9
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cu118
-ENV UV_LINK_MODE=copy UV_PYTHON_INSTALL_DIR=/opt/python
+ENV UV_LINK_MODE=copy UV_PYTHON_INSTALL_DIR=/opt/python UV_CACHE_DIR=/cache/uv
 COPY --from=uv /uv /usr/local/bin/uv
-RUN --mount=type=cache,target=/root/.cache/uv uv python install ${PYTHON} && uv venv --python ${PYTHON} /opt/venv
+RUN --mount=type=cache,target=/cache/uv uv python install ${PYTHON} && uv venv --python ${PYTHON} /opt/venv
 COPY requirements/pinned.txt /tmp/pinned.txt
-RUN --mount=type=cache,target=/root/.cache/uv \
+RUN --mount=type=cache,target=/cache/uv \
     VIRTUAL_ENV=/opt/venv uv pip install --index ${TORCH_INDEX} --index-strategy unsafe-best-match -r /tmp/pinned.txt
 
 FROM ${BASE} AS sagemaker
