@@ -150,6 +150,8 @@ def _loader(settings: Settings, progress: bool) -> Callable[[], Engine]:
         # Before torch is imported. Threads that spin for each other starve where cores are shared: on two busy ones a
         # picture took 40 times as long.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        # diffusers asks for CUDA's autocast when it is imported, whether there is CUDA or not.
+        warnings.filterwarnings("ignore", "User provided device_type of 'cuda'", UserWarning)
         engine = load_engine(settings.engine, options)
         log.info("engine_loaded", engine=engine.name)
         return engine

@@ -84,6 +84,7 @@ def test_vton_run_leaves_a_picture_and_its_strip(tmp_path):
     done = run(command("vton run"), tmp_path, VTON_STEPS="1")
     assert done.returncode == 0, done.stderr
     assert sorted(path.suffix for path in (tmp_path / "vton_output").iterdir()) == [".jpg", ".png"]
+    assert len(done.stderr.splitlines()) == 1  # where the strip is, and no library's warnings
 
 
 def test_vton_serve_becomes_ready_and_stops(tmp_path):
