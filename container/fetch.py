@@ -32,6 +32,7 @@ from container.errors import (
     TooManyRedirects,
     UrlNotPermitted,
 )
+from container.request import MAX_URL_CHARACTERS
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 MAX_BYTES = 15 * 1024 * 1024
 TOTAL_S = 10.0
 MAX_REDIRECTS = 3
-MAX_URL_CHARACTERS = 2048
 HTTPS_PORT = 443
 HTTP_PORT = 80
 REDIRECTS = (301, 302, 303, 307, 308)

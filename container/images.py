@@ -17,7 +17,6 @@ from container.errors import (
 )
 from model.interface import Image as Pixels
 
-FORMATS = ("JPEG", "PNG", "WEBP")
 MIN_SIDE = 64  # px; below it the engine's latents have no room
 MAX_SIDE = 1_000_000  # px; beyond it a header is damaged, not a picture large
 MAX_PIXELS = 50_000_000  # a 48 MP phone photo fits
