@@ -10,11 +10,13 @@ from typing import Any
 import click
 
 from model.training_options import (
+    ALL_WEIGHTS,
     ATTENTION_ONLY,
     DEVICES,
     DTYPES,
     FIGURES,
     FROM_SCRATCH,
+    OPTIMIZERS,
     PREDICTION_TYPES,
     Course,
     TrainingError,
@@ -42,14 +44,17 @@ _FOLDER = click.Path(path_type=Path)
 @click.option("--data", default=FIGURES, show_default=True, metavar="figures|MANIFEST", help="CSV or .jsonl file.")
 @click.option("--pairs", type=int, help="Figures to draw.")
 @click.option("--size", metavar="WxH", help="Of the pictures, px.")
-@click.option("--from-scratch/--attention-only", default=True, show_default=True, help="What of the UNet is trained.")
-@click.option("--weights", help="Directory of published weights, for --attention-only.")
+@click.option("--from-scratch", "method", flag_value=FROM_SCRATCH, default=True, help="Train a new UNet (default).")
+@click.option("--attention-only", "method", flag_value=ATTENTION_ONLY, help="Train the self-attention of --weights.")
+@click.option("--all-weights", "method", flag_value=ALL_WEIGHTS, help="Train the whole UNet of --weights.")
+@click.option("--weights", help="Directory of published weights to start from.")
 @click.option("--variant", help="Their self-attention to start from: mix, vitonhd or dresscode.")
 @click.option("--vae", help="Folder of an autoencoder, for --from-scratch.")
 @click.option("--unet", help="JSON file with the UNet's configuration, for --from-scratch.")
 @click.option("--prediction-type", type=click.Choice(PREDICTION_TYPES), help="For --from-scratch.")
 @click.option("--steps", type=int)
 @click.option("--batch", type=int, help="Pairs in a step.")
+@click.option("--optimizer", type=click.Choice(OPTIMIZERS))
 @click.option("--lr", "learning_rate", type=float)
 @click.option("--seed", type=int)
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of the forward pass.")
@@ -59,7 +64,7 @@ _FOLDER = click.Path(path_type=Path)
 @click.option("--sample-every", type=click.IntRange(0), default=1000, show_default=True, help="Steps; 0 for never.")
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
 @click.option("--readers", type=click.IntRange(1, 2), default=2, show_default=True, help="Processes that draw or read.")
-def train(part: str, from_scratch: bool, **given: Any) -> None:  # noqa: ANN401 - each option has its own type
+def train(part: str, method: str, **given: Any) -> None:  # noqa: ANN401 - each option has its own type
     """Train the try-on model; SIGTERM stops it after a checkpoint.
 
     The parts "autoencoder" and "parser" are those of the embedded model; they take --output, --steps, --seed, --resume.
@@ -72,7 +77,7 @@ def train(part: str, from_scratch: bool, **given: Any) -> None:  # noqa: ANN401 
     names = ("output", "resume", "save_every", "sample_every", "device", "readers")
     course = Course(**{name: given.pop(name) for name in names})
     try:
-        options = _options(FROM_SCRATCH if from_scratch else ATTENTION_ONLY, given)
+        options = _options(method, given)
         came_to_end = importlib.import_module(PARTS[part]).run(options, course)
     except TrainingError as exc:
         click.echo(str(exc), err=True)

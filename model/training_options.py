@@ -12,7 +12,10 @@ from typing import Any
 FIGURES = "figures"
 FROM_SCRATCH = "from-scratch"
 ATTENTION_ONLY = "attention-only"
-METHODS = (FROM_SCRATCH, ATTENTION_ONLY)
+ALL_WEIGHTS = "all-weights"
+METHODS = (FROM_SCRATCH, ATTENTION_ONLY, ALL_WEIGHTS)
+ADAMW, MUON = "adamw", "muon"
+OPTIMIZERS = (ADAMW, MUON)
 DTYPES = ("float32", "bfloat16")  # of the forward pass
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 DEVICES = ("auto", "cpu", "cuda")
@@ -43,19 +46,22 @@ class TrainingOptions:
         pairs: of figures to draw; a manifest is taken whole.
         width: of the pictures, px.
         height: of the pictures, px.
-        method: "from-scratch" trains every weight of the UNet, "attention-only" the self-attention of published ones.
-        weights: directory of published weights, for "attention-only".
+        method: "from-scratch" trains every weight of a new UNet, "attention-only" the self-attention of a published
+            one, "all-weights" all of a published one.
+        weights: directory in the published layout, for the methods that start from one.
         variant: which of their self-attentions to start from.
         vae: folder of an `AutoencoderKL` (config.json and safetensors), for "from-scratch".
         unet: JSON file with the configuration of the UNet, for "from-scratch"; "" takes the small one.
         prediction_type: "epsilon" or "v_prediction", for "from-scratch"; published weights say theirs.
         steps: of the optimiser.
         batch: pairs in a step.
-        learning_rate: after the warm-up.
+        optimizer: "adamw", or "muon": matrices by Muon, the rest by AdamW.
+        learning_rate: of AdamW, after the warm-up.
+        muon_learning_rate: of Muon, likewise.
         warmup_steps: of linear rise.
         decay_share: last part of the steps, in which the learning rate falls linearly.
         beta2: of AdamW.
-        weight_decay: of AdamW.
+        weight_decay: of either.
         clip_norm: largest norm of the gradient.
         ema_decay: of the moving average of the weights, which is what is exported; smaller in the first steps.
         condition_dropout: share of the pairs whose garment is hidden, for guidance.
@@ -79,7 +85,9 @@ class TrainingOptions:
     prediction_type: str = "v_prediction"
     steps: int = 10_000
     batch: int = 16
+    optimizer: str = ADAMW
     learning_rate: float = 1e-3
+    muon_learning_rate: float = 0.02
     warmup_steps: int = 100
     decay_share: float = 0.4
     beta2: float = 0.99
@@ -102,12 +110,13 @@ class TrainingOptions:
             _refuse_unless(getattr(self, name) >= 1, f"{name} must be at least 1")
         for name in ("decay_share", "ema_decay", "condition_dropout", "noisy_share"):
             _refuse_unless(0 <= getattr(self, name) <= 1, f"{name} must be from 0 to 1")
-        _refuse_unless(self.learning_rate > 0, "learning_rate must be above 0")
+        for name in ("learning_rate", "muon_learning_rate"):
+            _refuse_unless(getattr(self, name) > 0, f"{name} must be above 0")
         _refuse_unless(self.warmup_steps >= 0, "warmup_steps must be at least 0")
-        if self.method == ATTENTION_ONLY:
-            _refuse_unless(self.weights, "attention-only training needs weights, a directory of published weights")
-        else:
+        if self.method == FROM_SCRATCH:
             _refuse_unless(self.vae, "training from scratch needs vae, the folder of an autoencoder")
+        else:
+            _refuse_unless(self.weights, f"{self.method} training needs weights, a directory of published weights")
 
     @classmethod
     def of_method(cls, method: str, **given: Any) -> TrainingOptions:  # noqa: ANN401 - each field has its own type
@@ -173,7 +182,7 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(found.group(1)), int(found.group(2))
 
 
-_CHOICES = {"method": METHODS, "dtype": DTYPES, "prediction_type": PREDICTION_TYPES}
+_CHOICES = {"method": METHODS, "optimizer": OPTIMIZERS, "dtype": DTYPES, "prediction_type": PREDICTION_TYPES}
 _CALLED = {int: "a whole number", float: "a number", str: "text"}
 
 

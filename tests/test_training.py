@@ -20,11 +20,20 @@ from model.catvton import published, training
 from model.catvton.export import export_weights
 from model.catvton.latents import LatentPairs, prepare_latents
 from model.catvton.objective import Exercise, exercise, loss, pick
+from model.catvton.optimizer import orthogonalised
 from model.catvton.pairs import MASK_KINDS, FigurePairs, open_source
 from model.catvton.pipeline import CatVTONPipeline
 from model.catvton.training import learning_rate, run
 from model.embedded.figures import TRAIN_SEEDS, example
-from model.training_options import ATTENTION_ONLY, FROM_SCRATCH, Course, TrainingError, TrainingOptions, parse
+from model.training_options import (
+    ALL_WEIGHTS,
+    ATTENTION_ONLY,
+    FROM_SCRATCH,
+    Course,
+    TrainingError,
+    TrainingOptions,
+    parse,
+)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SIZE = {"width": 48, "height": 64}
@@ -104,6 +113,49 @@ def test_a_killed_run_resumes_to_the_same_curve_and_the_same_weights(
     assert same(checkpoint(tmp_path), checkpoint(whole_run))
 
 
+def test_a_stopped_run_with_muon_resumes_to_the_same_weights(options, tmp_path, monkeypatch):
+    def log_and_terminate(output, line):
+        log_step(output, line)
+        if line["step"] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    muon = options(optimizer="muon", steps=6)
+    assert run(muon, course(tmp_path / "whole"))
+    log_step = training.log_step
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "log_step", log_and_terminate)
+        assert not run(muon, course(tmp_path / "broken"))
+    assert run(muon, course(tmp_path / "broken", resume=True))
+    tensors = checkpoint(tmp_path / "broken")
+    assert same(tensors, checkpoint(tmp_path / "whole"))
+    matrices = {key.partition(".")[2] for key in tensors if key.startswith("momentum.")}
+    others = {key.partition(".")[2] for key in tensors if key.startswith("exp_avg.")}
+    assert "mid_block.resnets.0.conv1.weight" in matrices
+    assert {"conv_in.weight", "conv_out.weight", "time_embedding.linear_1.weight"} <= others
+    assert not matrices & others
+
+
+def test_muon_learns_faster_than_adamw_on_four_pairs(options, tmp_path):
+    for optimizer in ("adamw", "muon"):
+        run(options(steps=40, batch=4, noisy_share=0.0, optimizer=optimizer), course(tmp_path / optimizer))
+    adamw, muon = (np.mean([line[1] for line in curve(tmp_path / name)[-10:]]) for name in ("adamw", "muon"))
+    assert muon < adamw
+
+
+@pytest.mark.parametrize("shape", [(8, 40), (40, 8), (16, 16)])
+def test_an_orthogonalised_matrix_keeps_its_directions_and_evens_their_lengths(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    made = orthogonalised(matrix)
+    assert ((torch.linalg.svdvals(made) > 0.6) & (torch.linalg.svdvals(made) < 1.3)).all()
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    turned = left.T @ made @ right.T
+    assert (turned - turned.diagonal().diag()).abs().max() < 1e-3
+
+
+def test_a_gradient_of_zeros_moves_no_matrix():
+    assert orthogonalised(torch.zeros(3, 5)).eq(0).all()
+
+
 def test_sigterm_leaves_a_checkpoint_of_that_step_and_the_handler_as_it_was(options, whole_run, tmp_path, monkeypatch):
     def log_and_terminate(output, line):
         log_step(output, line)
@@ -174,6 +226,16 @@ def test_attention_only_changes_the_self_attention_alone(tmp_path):
     )
     attention = load_file(tmp_path / "run" / "export" / published.ATTENTION_FOLDERS["mix"] / published.ATTENTION_FILE)
     assert len(attention) == len(changed)
+
+
+def test_all_weights_starts_from_published_ones_and_changes_them_all(tmp_path):
+    weights = write_published_layout(tmp_path / "weights")
+    given = {"weights": str(weights), "pairs": PAIRS, "batch": 2, "steps": 2, "warmup_steps": 1, "dtype": "float32"}
+    assert run(TrainingOptions.of_method(ALL_WEIGHTS, **given, **SIZE), course(tmp_path / "run"))
+    old = CatVTONPipeline.from_published(weights).unet.state_dict()
+    new = CatVTONPipeline.from_published(tmp_path / "run" / "export").unet.state_dict()
+    moved = {key: (old[key] - new[key]).abs().max() for key in old}
+    assert all(0 < distance < 0.01 for distance in moved.values())
 
 
 def test_bfloat16_trains_close_to_float32(options, whole_run, tmp_path):
@@ -525,8 +587,11 @@ BAD_OPTIONS = [
     ({"dtype": "int8"}, "dtype must be one of float32, bfloat16"),
     ({"prediction_type": "sample"}, "prediction_type must be one of epsilon, v_prediction"),
     ({"vae": ""}, "needs vae"),
-    ({"method": "other"}, "method must be one of from-scratch, attention-only"),
+    ({"method": "other"}, "method must be one of from-scratch, attention-only, all-weights"),
     ({"method": "attention-only"}, "needs weights"),
+    ({"method": "all-weights"}, "needs weights"),
+    ({"optimizer": "sgd"}, "optimizer must be one of adamw, muon"),
+    ({"muon_learning_rate": 0.0}, "muon_learning_rate must be above 0"),
 ]
 
 

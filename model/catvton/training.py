@@ -27,10 +27,11 @@ from model.catvton.attention import TryOnUNet
 from model.catvton.export import export_weights, write_sheet
 from model.catvton.latents import LatentPairs, prepare_latents
 from model.catvton.objective import Exercise, Loss, exercise, loss
+from model.catvton.optimizer import build_optimizer
 from model.catvton.pairs import PairSource, open_source
 from model.catvton.pipeline import CatVTONPipeline
 from model.catvton.training_state import TrainingState, cut_log, has_state, load_state, log_step, save_state
-from model.training_options import ATTENTION_ONLY, Course, TrainingError, TrainingOptions
+from model.training_options import ATTENTION_ONLY, FROM_SCRATCH, Course, TrainingError, TrainingOptions
 from model.weights import WeightsError
 
 SHEET_ROWS = 8
@@ -101,13 +102,7 @@ class _Training:
         for name, parameter in unet.named_parameters():
             parameter.requires_grad_(name in trained)
         weights = {name: unet.get_parameter(name) for name in trained}
-        optimizer = torch.optim.AdamW(
-            weights.values(),
-            lr=options.learning_rate,
-            betas=(0.9, options.beta2),
-            weight_decay=options.weight_decay,
-        )
-        self.unet, wrapped = accelerator.prepare(unet, optimizer)
+        self.unet, wrapped = accelerator.prepare(unet, build_optimizer(weights, options))
         average = {name: pipeline.unet.get_parameter(name).requires_grad_(False) for name in trained}
         self.state = TrainingState(0, weights, average, wrapped)
 
@@ -164,7 +159,7 @@ class _Training:
         if not made.weighted.isfinite():
             raise TrainingError(f"the loss of step {state.step + 1} is no number; the learning rate may be too high")
         for group in state.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["share"]
         state.optimizer.zero_grad()
         self.accelerator.backward(made.weighted)
         self.accelerator.clip_grad_norm_(state.weights.values(), self.options.clip_norm)
@@ -187,7 +182,7 @@ class _Training:
 
 
 def learning_rate(step: int, options: TrainingOptions) -> float:
-    """Of the step after `step` others: a linear rise, a plateau, a linear fall over the last part."""
+    """AdamW's, of the step after `step` others: a linear rise, a plateau, a linear fall over the last part."""
     risen = min(1.0, (step + 1) / max(1, options.warmup_steps))
     left = (options.steps - step) / options.steps
     fallen = 1.0 if left > options.decay_share else max(FINAL_SHARE, left / options.decay_share)
@@ -201,10 +196,10 @@ def _is_trained(name: str, options: TrainingOptions) -> bool:
 def _build(options: TrainingOptions) -> CatVTONPipeline:
     """The pipeline before its first step, float32 on the CPU."""
     try:
-        if options.method == ATTENTION_ONLY:
-            pipeline = CatVTONPipeline.from_published(options.weights, options.variant)
-        else:
+        if options.method == FROM_SCRATCH:
             pipeline = _build_new(options)
+        else:
+            pipeline = CatVTONPipeline.from_published(options.weights, options.variant)
         pipeline.check_settings(options.height, options.width, 1, "pil")
     except (OSError, TypeError, ValueError, WeightsError) as exc:
         raise TrainingError(str(exc)) from exc

@@ -14,12 +14,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from model.catvton.optimizer import moments_of
 from model.training_options import TrainingError, TrainingOptions
 
 TENSOR_FILE = "state.safetensors"
 FACTS_FILE = "state.json"
 LOG_FILE = "loss.jsonl"
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by torch's names
 
 _FOLDER = "checkpoints"
 _PREFIX = "step-"
@@ -33,7 +33,7 @@ class TrainingState:
         step: how many steps are done.
         weights: name -> trained parameter, float32.
         average: name -> moving average of that parameter, float32, same device.
-        optimizer: AdamW over the weights, or accelerate's wrapper of one.
+        optimizer: of `build_optimizer`, or accelerate's wrapper of one.
     """
 
     step: int
@@ -50,7 +50,7 @@ def save_state(output: Path, state: TrainingState, options: TrainingOptions) -> 
     fresh = output / _FOLDER / "unfinished"
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    save_file(_tensors(state), fresh / TENSOR_FILE)
+    save_file(_tensors(state, options), fresh / TENSOR_FILE)
     facts = {"step": state.step, "options": dataclasses.asdict(options)}
     (fresh / FACTS_FILE).write_text(json.dumps(facts, indent=2), encoding="utf-8")
     fresh.rename(target)
@@ -80,10 +80,10 @@ def load_state(output: Path, state: TrainingState, options: TrainingOptions) -> 
     _refuse_other_options(found[-1], facts["options"], dataclasses.asdict(options))
     wanted = {key: tensor.shape for key, tensor in _places(state).items()}
     for name, parameter in state.weights.items():
-        wanted.update({f"{moment}.{name}": parameter.shape for moment in MOMENTS})
+        wanted.update({f"{moment}.{name}": parameter.shape for moment in moments_of(name, parameter, options)})
     if {key: tensor.shape for key, tensor in tensors.items()} != wanted:
         raise TrainingError(f"{found[-1]} is of another UNet")
-    _restore(state, tensors, facts["step"])
+    _restore(state, tensors, facts["step"], options)
 
 
 def log_step(output: Path, line: Mapping[str, float]) -> None:
@@ -114,20 +114,21 @@ def _places(state: TrainingState) -> dict[str, torch.Tensor]:
     return places
 
 
-def _tensors(state: TrainingState) -> dict[str, torch.Tensor]:
+def _tensors(state: TrainingState, options: TrainingOptions) -> dict[str, torch.Tensor]:
     tensors = _places(state)
     for name, parameter in state.weights.items():
         moments = state.optimizer.state[parameter]
-        tensors.update({f"{moment}.{name}": moments[moment] for moment in MOMENTS})
+        tensors.update({f"{moment}.{name}": moments[moment] for moment in moments_of(name, parameter, options)})
     return {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
 
 
 @torch.no_grad()
-def _restore(state: TrainingState, tensors: Mapping[str, torch.Tensor], step: int) -> None:
+def _restore(state: TrainingState, tensors: Mapping[str, torch.Tensor], step: int, options: TrainingOptions) -> None:
     for key, place in _places(state).items():
         place.copy_(tensors[key])
     for name, parameter in state.weights.items():
-        moments = {moment: torch.empty_like(parameter).copy_(tensors[f"{moment}.{name}"]) for moment in MOMENTS}
+        names = moments_of(name, parameter, options)
+        moments = {moment: torch.empty_like(parameter).copy_(tensors[f"{moment}.{name}"]) for moment in names}
         state.optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
     state.step = step
 
