@@ -22,8 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.catvton import published
 from model.catvton.attention import TryOnUNet
-from model.catvton.engine import DEVICES, DTYPES, choose_device, choose_dtype
 from model.catvton.pipeline import CatVTONPipeline
+from model.device import DEVICES, DTYPES, choose_device, choose_dtype
 
 GUIDANCE = 2.5  # any value above 1 runs both branches
 FULL_STEPS = 50  # the published default, which the estimate of a whole picture is for

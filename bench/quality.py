@@ -28,9 +28,9 @@ from bench.judge import (
     unmasked_difference,
 )
 from bench.metrics import TEXTURES, psnr, squared_error
-from model.catvton.engine import DEVICES, choose_device
 from model.catvton.pipeline import CatVTONPipeline
 from model.catvton.published import ATTENTION_FOLDERS
+from model.device import DEVICES, choose_device
 from model.embedded import load_pipeline
 from model.embedded.canvas import UNITS_WH
 from model.embedded.figures import TEST_SEEDS, Example

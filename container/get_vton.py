@@ -12,10 +12,11 @@ from typing import Literal
 import numpy as np
 from PIL import Image as Pillow
 
-from container.errors import ImageSourceTimeout, InvalidRequest, MaskInvalid
+from container.errors import ImageSourceTimeout, InvalidRequest, MaskInvalid, PersonNotFound
 from container.fetch import Fetcher
 from container.images import FILE_OF, decode, decode_mask, encode
 from container.notify import Notifier, completion
+from container.person_masks import PersonMasker
 from container.request import MAX_SEED, RANDOM_SEED, CallContext, TryOnRequest, TryOnResult
 from container.storage import Storage, StoredObject, all_keys_for, key_for, same_job
 from container.telemetry import Metrics, StageTimes
@@ -24,7 +25,7 @@ from model import geometry
 from model.interface import GenerationSettings, Image, TryOnInputs
 
 MODEL_WIDTH, MODEL_HEIGHT = 768, 1024  # px; what the published weights were trained at
-MASK_GIVEN = "given"
+MASK_GIVEN, MASK_AUTO = "given", "auto"
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class TryOnService:
     Args:
         fetcher: where image bytes come from.
         worker: makes the pictures.
+        masker: makes the masks that requests do not bring.
         storage: keeps them.
         notifier: tells of them.
         defaults: for what requests leave open.
@@ -71,6 +73,7 @@ class TryOnService:
         *,
         fetcher: Fetcher,
         worker: Worker,
+        masker: PersonMasker,
         storage: Storage,
         notifier: Notifier,
         defaults: Defaults,
@@ -79,6 +82,7 @@ class TryOnService:
     ) -> None:
         self._fetcher = fetcher
         self._worker = worker
+        self._masker = masker
         self._storage = storage
         self._notifier = notifier
         self._defaults = defaults
@@ -98,12 +102,13 @@ class TryOnService:
         """
         times = StageTimes()
         request = request.with_defaults(steps=self._defaults.steps, guidance=self._defaults.guidance)
-        if request.mask_image_url is None:
+        if request.mask_image_url is None and not self._masker.available:
             raise InvalidRequest("no automatic masker is configured", field="mask_image_url")
         with self._keys.hold(f"{request.userId}/{request.timestamp}", deadline):
-            stored = self._stored(request)
+            stored, cache = self._stored(request), None
             if stored is None:
-                pictures = self._decode(self._fetch(request, deadline, times), times)
+                contents = self._fetch(request, deadline, times)
+                pictures, cache = self._pictures(request, contents, deadline, times)
                 with times.measure("prepare"):
                     inputs = prepare(pictures, self._defaults.join)
                 settings = _generation_settings(request)
@@ -113,7 +118,7 @@ class TryOnService:
             with times.measure("notify"):
                 self._notifier.send(completion(request, stored, self._storage.bucket, context))
         self._metrics.observe(times)
-        return _answer(stored, self._storage.bucket, times)
+        return _answer(stored, self._storage.bucket, cache, times)
 
     def _stored(self, request: TryOnRequest) -> StoredObject | None:
         """What an earlier run of this job stored; a result in any format takes the user's timestamp."""
@@ -124,8 +129,10 @@ class TryOnService:
         return None
 
     def _fetch(self, request: TryOnRequest, deadline: float, times: StageTimes) -> list[bytes]:
-        """The bytes of person, mask and garments, in that order, fetched side by side."""
-        refs = [request.person_image_url, str(request.mask_image_url), *request.garment_urls()]
+        """The bytes of person, garments and mask, in that order, fetched side by side; a mask only where given."""
+        refs = [request.person_image_url, *request.garment_urls()]
+        if request.mask_image_url is not None:
+            refs.append(request.mask_image_url)
         with times.measure("fetch"):
             under_way = [
                 self._fetch_pool.submit(self._fetcher.fetch, ref, user_id=request.userId, deadline=deadline)
@@ -139,10 +146,21 @@ class TryOnService:
                 for future in under_way:
                     future.cancel()
 
-    def _decode(self, contents: list[bytes], times: StageTimes) -> Pictures:
-        person, mask, *garments = contents
+    def _pictures(
+        self, request: TryOnRequest, contents: list[bytes], deadline: float, times: StageTimes
+    ) -> tuple[Pictures, str | None]:
+        """The decoded pictures, and where an automatic mask came from."""
+        given = len(request.garment_urls())
         with times.measure("decode"):
-            return Pictures(decode(person), [decode(garment) for garment in garments], decode_mask(mask))
+            person, *garments = [decode(content) for content in contents[: 1 + given]]
+            mask = None if request.mask_image_url is None else decode_mask(contents[-1])
+        if mask is not None:
+            return Pictures(person, garments, mask), None
+        made = self._masker.masks(contents[0], person, deadline, times)
+        mask = made.masks[request.cloth_type]
+        if not _mask_at(mask, MODEL_WIDTH, MODEL_HEIGHT).any():
+            raise PersonNotFound(f"nothing to repaint for {request.cloth_type} where the model looks")
+        return Pictures(person, garments, mask), made.cache
 
     def _generate(self, inputs: TryOnInputs, settings: GenerationSettings, deadline: float, times: StageTimes) -> Image:
         generation = self._worker.run(inputs, settings, deadline)
@@ -160,7 +178,7 @@ class TryOnService:
             "width": str(image.shape[1]),
             "height": str(image.shape[0]),
             "engine": self._worker.engine_name,
-            "mask_source": MASK_GIVEN,
+            "mask_source": MASK_AUTO if request.mask_image_url is None else MASK_GIVEN,
         }
         with times.measure("store"):
             _, content_type = FILE_OF[request.output_format]
@@ -219,7 +237,7 @@ def _mask_of_photo(pictures: Pictures) -> Image:
     return mask
 
 
-def _answer(stored: StoredObject, bucket: str | None, times: StageTimes) -> TryOnResult:
+def _answer(stored: StoredObject, bucket: str | None, cache: str | None, times: StageTimes) -> TryOnResult:
     facts: dict[str, str] = dict(stored.facts)
     return TryOnResult(
         object_key=stored.key,
@@ -232,5 +250,6 @@ def _answer(stored: StoredObject, bucket: str | None, times: StageTimes) -> TryO
         height=int(facts["height"]),
         engine=facts["engine"],
         mask_source=facts["mask_source"],
+        mask_cache=cache,
         timings_ms=times.milliseconds(),
     )

@@ -111,6 +111,13 @@ def encode(image: Pixels, output_format: str, quality: int) -> bytes:
     return file.getvalue()
 
 
+def encode_mask(mask: Pixels) -> bytes:
+    """A grey PNG file with the pixels of an HW uint8 mask."""
+    file = io.BytesIO()
+    Image.fromarray(mask).save(file, "PNG", compress_level=6)
+    return file.getvalue()
+
+
 def _format_of(content: bytes) -> str:
     for signature, name in SIGNATURES.items():
         if content.startswith(signature):

@@ -1,14 +1,15 @@
-"""The message that tells a consumer that a picture is there."""
+"""The messages that tell a consumer that a picture or masks are there."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from botocore.exceptions import BotoCoreError, ClientError
 
 from container.errors import NotifyFailed
-from container.request import CallContext, TryOnRequest
+from container.request import CallContext, MaskRequest, TryOnRequest
 from container.storage import StoredObject
 
 if TYPE_CHECKING:
@@ -39,11 +40,38 @@ def completion(request: TryOnRequest, stored: StoredObject, bucket: str | None, 
         "job_id": stored.facts["job_id"],
         "status": COMPLETED,
     }
-    if context.inference_id is not None:
-        event["inference_id"] = context.inference_id
-    if context.custom_attributes is not None:
-        event["custom_attributes"] = context.custom_attributes
-    return event
+    return {**event, **_of_the_caller(context)}
+
+
+def masks_completion(
+    request: MaskRequest, stored: Mapping[str, StoredObject], bucket: str | None, context: CallContext
+) -> Event:
+    """The message of finished masks; `username` and `initial_timestamp` are what the deployed consumer reads.
+
+    Args:
+        request: whose masks they are.
+        stored: the object of each type, at least one.
+        bucket: that they lie in.
+        context: of the call.
+    """
+    first = next(iter(stored.values()))
+    event = {
+        "username": request.userId,
+        "userId": request.userId,
+        "initial_timestamp": request.timestamp,
+        "object_key": first.key.rpartition("/")[0] + "/",
+        "cloth_types": ",".join(stored),
+        "bucket": bucket or "",
+        "job_id": first.facts["job_id"],
+        "status": COMPLETED,
+    }
+    return {**event, **_of_the_caller(context)}
+
+
+def _of_the_caller(context: CallContext) -> Event:
+    """What the caller sent along for whoever reads the message."""
+    given = {"inference_id": context.inference_id, "custom_attributes": context.custom_attributes}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 class SqsNotifier:

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
-from typing import Dict, Literal, Mapping, Optional, Tuple
+from dataclasses import asdict, dataclass
+from typing import Any, Dict, List, Literal, Mapping, Optional, Tuple, Type, TypeVar, Union, get_args
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 from typing_extensions import Annotated
 
@@ -26,6 +35,8 @@ SIGNATURE_PARAMETERS = frozenset({"awsaccesskeyid", "signature", "expires", "pol
 Identifier = Annotated[str, StringConstraints(pattern=r"\A[A-Za-z0-9][A-Za-z0-9_-]{0,63}\z")]
 Url = Annotated[str, StringConstraints(min_length=1, max_length=MAX_URL_CHARACTERS)]
 ClothType = Literal["upper", "lower", "overall", "inner", "outer"]
+CLOTH_TYPES: Tuple[ClothType, ...] = get_args(ClothType)
+MASK_TASK = "mask"
 
 GARMENT_FIELDS = {"upper_cloth_url", "lower_cloth_url", "overall_cloth_url"}
 GARMENTS_OF: Dict[str, Tuple[str, ...]] = {
@@ -91,8 +102,36 @@ class TryOnRequest(BaseModel):
         inputs["person_image_url"] = _unsigned(self.person_image_url)
         if self.mask_image_url is not None:
             inputs["mask_image_url"] = _unsigned(self.mask_image_url)
-        canonical = json.dumps(inputs, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return _digest(inputs)
+
+
+class MaskRequest(BaseModel):
+    """The masks of one photo, as asked for: strict, and by the names of the deployed mask function as well."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    person_image_url: Url = Field(validation_alias=AliasChoices("person_image_url", "row_image_url"))
+    userId: Identifier = Field(validation_alias=AliasChoices("userId", "username"))
+    timestamp: Identifier
+    cloth_types: List[ClothType] = Field(default=list(CLOTH_TYPES), min_length=1, max_length=len(CLOTH_TYPES))
+    task: Literal["mask"] = "mask"
+
+    @field_validator("cloth_types")
+    @classmethod
+    def _each_once(cls, value: List[str]) -> List[str]:
+        if len(set(value)) < len(value):
+            raise PydanticCustomError("repeated", "a type is named twice")
+        return value
+
+    def job_id(self) -> str:
+        """sha256 (64 hex digits) of what decides the masks; another choice of types is no other job."""
+        inputs = self.model_dump(exclude={"cloth_types"})
+        inputs["person_image_url"] = _unsigned(self.person_image_url)
+        return _digest(inputs)
+
+
+AnyRequest = Union[TryOnRequest, MaskRequest]
+_Request = TypeVar("_Request", TryOnRequest, MaskRequest)
 
 
 @dataclass(frozen=True)
@@ -106,7 +145,7 @@ class CallContext:
 
 @dataclass(frozen=True)
 class TryOnResult:
-    """The answer to a try-on; `asdict` of it is the JSON."""
+    """The answer to a try-on."""
 
     object_key: str
     bucket: Optional[str]
@@ -118,24 +157,86 @@ class TryOnResult:
     height: int
     engine: str
     mask_source: str
+    mask_cache: Optional[str]
     timings_ms: Mapping[str, float]
     message: str = "VTON run successfully"
 
 
-def parse(fields: object) -> TryOnRequest:
+@dataclass(frozen=True)
+class MaskResult:
+    """The answer to a mask request; `object_keys` has a key per type."""
+
+    object_keys: Mapping[str, str]
+    bucket: Optional[str]
+    job_id: str
+    width: int
+    height: int
+    mask_source: str
+    mask_cache: Optional[str]
+    timings_ms: Mapping[str, float]
+    message: str = "Masks made successfully"
+
+
+AnyResult = Union[TryOnResult, MaskResult]
+
+
+def answer(result: AnyResult) -> Dict[str, Any]:
+    """The members of an answer's JSON; `mask_cache` is one only where a photo was masked ("hit" or "miss")."""
+    members = asdict(result)
+    if members["mask_cache"] is None:
+        del members["mask_cache"]
+    return members
+
+
+def parse(fields: object) -> AnyRequest:
     """A request out of decoded JSON.
+
+    What the deployed system sends its mask function, `{"body": {"username", "row_image_url", "timestamp"}}`, is a mask
+    request too.
 
     Raises:
         InvalidRequest: with the first field at fault; the input itself is never echoed.
     """
     if not isinstance(fields, dict):
         raise InvalidRequest("the body is not a JSON object")
+    event = fields.get("body")
+    if len(fields) == 1 and isinstance(event, dict):
+        fields = {"task": MASK_TASK, **event}
+    if fields.get("task") == MASK_TASK:
+        return _validated(MaskRequest, fields)
+    return _validated(TryOnRequest, fields)
+
+
+def parse_try_on(fields: Mapping[str, object]) -> TryOnRequest:
+    """A try-on out of fields.
+
+    Raises:
+        InvalidRequest: as `parse`.
+    """
+    return _validated(TryOnRequest, fields)
+
+
+def parse_masks(fields: Mapping[str, object]) -> MaskRequest:
+    """A mask request out of fields.
+
+    Raises:
+        InvalidRequest: as `parse`.
+    """
+    return _validated(MaskRequest, fields)
+
+
+def _validated(kind: Type[_Request], fields: Mapping[str, object]) -> _Request:
     try:
-        return TryOnRequest.model_validate(fields)
+        return kind.model_validate(fields)
     except ValidationError as exc:
         first = exc.errors(include_url=False, include_input=False)[0]
         name = first["ctx"]["name"] if first["type"] == "garment" else str(first["loc"][0]) if first["loc"] else None
         raise InvalidRequest(f"{first['type']} at {name}"[:200], field=_printable(name) if name else None) from exc
+
+
+def _digest(inputs: Mapping[str, Any]) -> str:
+    canonical = json.dumps(inputs, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _printable(name: str) -> Optional[str]:

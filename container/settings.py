@@ -46,6 +46,8 @@ class Settings(BaseModel):
         key_prefix: what every key begins with, "" or a path that ends in "/".
         queue_url: SQS queue of the completion messages; without one none are sent.
         output_dir: keep results in this directory instead of S3.
+        mask_queue_url: SQS queue for the messages of mask requests; without one they go to queue_url.
+        masker: "embedded", "schp" (the published parsers beside the weights), "off", or "auto": what fits the weights.
         steps: denoising steps where the request names none, 1-100.
         guidance: guidance scale where the request names none, 1-10.
         deadline_s: seconds from admission to answer, 1-3600; real-time endpoints end at 60.
@@ -69,6 +71,8 @@ class Settings(BaseModel):
     bucket: Optional[str] = Field(default=None, pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
     key_prefix: str = Field(default="", pattern=r"^([A-Za-z0-9_-]+/)*$")
     queue_url: Optional[str] = Field(default=None, pattern=r"^https?://[^\s]+$")
+    mask_queue_url: Optional[str] = Field(default=None, pattern=r"^https?://[^\s]+$")
+    masker: Literal["auto", "embedded", "schp", "off"] = "auto"
     output_dir: Optional[Path] = None
     steps: int = Field(default=50, ge=1, le=100)
     guidance: float = Field(default=2.5, ge=1, le=10, allow_inf_nan=False)

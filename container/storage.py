@@ -15,7 +15,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from container.errors import JobConflict, StorageFailed
 from container.images import FILE_OF
-from container.request import TryOnRequest
+from container.request import MaskRequest, TryOnRequest
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -67,8 +67,12 @@ def all_keys_for(request: TryOnRequest, prefix: str) -> list[str]:
     return [_result_key(request, prefix, output_format) for output_format in FILE_OF]
 
 
+def mask_key_for(request: MaskRequest, prefix: str, cloth_type: str) -> str:
+    """Where the mask of one type is kept; the deployed system's backend builds the same key."""
+    return f"{prefix}users/{request.userId}/masking/{request.timestamp}/{cloth_type}.png"
+
+
 def _result_key(request: TryOnRequest, prefix: str, output_format: str) -> str:
-    """The one place that knows what a key looks like."""
     suffix, _ = FILE_OF[output_format]
     return f"{prefix}users/{request.userId}/vton_result/{request.timestamp}/result.{suffix}"
 

@@ -119,6 +119,12 @@ class Metrics:
             "vton_requests", "Requests by the code they ended with", ["code"], registry=self.registry
         )
         self.generations = Counter("vton_generations", "Pictures that the engine made", registry=self.registry)
+        self.mask_cache = Counter(
+            "vton_mask_cache",
+            "Photos to be masked, by whether their masks were remembered",
+            ["outcome"],
+            registry=self.registry,
+        )
         self.in_flight = Gauge("vton_in_flight", "Requests admitted and not yet answered", registry=self.registry)
         self.ready = Gauge("vton_ready", "1 while the service takes requests", registry=self.registry)
         self.stage_seconds = Histogram(

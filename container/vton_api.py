@@ -12,7 +12,6 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable
-from dataclasses import asdict
 from functools import partial
 from typing import Callable
 
@@ -37,7 +36,7 @@ from container.errors import (
     TryOnError,
     UnsupportedContentType,
 )
-from container.request import CallContext, TryOnResult, parse
+from container.request import AnyRequest, AnyResult, CallContext, MaskRequest, MaskResult, answer, parse
 from container.strict_json import loads
 from container.wiring import App
 
@@ -159,17 +158,23 @@ async def _invoke(app: App, request: Request, request_id: str) -> Response:
         raise UnsupportedContentType()
     body = await read_body(request, MAX_BODY_BYTES, BODY_TIMEOUT_S)
     context = _context(request, request_id)
-    try_on = parse(loads(body))
+    asked = parse(loads(body))
     if (error := _not_serving(app)) is not None:
         raise error
     deadline = time.monotonic() + app.settings.deadline_s
-    result = await _run_admitted(app, partial(app.service.run, try_on, deadline, context))
+    result = await _run_admitted(app, partial(_run, app, asked, deadline, context))
     log.info("request_done", **_summary(result), custom_attributes=context.custom_attributes)
     headers = {CUSTOM_ATTRIBUTES: context.custom_attributes} if context.custom_attributes else {}
-    return JSONResponse(asdict(result), headers=headers)
+    return JSONResponse(answer(result), headers=headers)
 
 
-async def _run_admitted(app: App, run: Callable[[], TryOnResult]) -> TryOnResult:
+def _run(app: App, asked: AnyRequest, deadline: float, context: CallContext) -> AnyResult:
+    if isinstance(asked, MaskRequest):
+        return app.masks.run(asked, deadline, context)
+    return app.service.run(asked, deadline, context)
+
+
+async def _run_admitted(app: App, run: Callable[[], AnyResult]) -> AnyResult:
     """Runs on a thread of the request pool, in one of the places that admission counts."""
     app.admission.enter()
     try:
@@ -202,5 +207,10 @@ def _request_id(inference_id: str | None) -> str:
     return inference_id if inference_id and INFERENCE_ID_TEXT.fullmatch(inference_id) else uuid.uuid4().hex
 
 
-def _summary(result: TryOnResult) -> dict[str, object]:
-    return {"job_id": result.job_id, "engine": result.engine, "timings_ms": result.timings_ms}
+def _summary(result: AnyResult) -> dict[str, object]:
+    told: dict[str, object] = {
+        "job_id": result.job_id,
+        "timings_ms": result.timings_ms,
+        "mask_source": result.mask_source,
+    }
+    return told if isinstance(result, MaskResult) else {**told, "engine": result.engine}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable
@@ -17,14 +18,16 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError
 
 from container.fetch import ByScheme, Fetcher, HostPolicy, HttpsFetcher, S3Fetcher
+from container.get_masks import MaskService
 from container.get_vton import MODEL_HEIGHT, MODEL_WIDTH, Defaults, TryOnService
 from container.notify import Notifier, NullNotifier, SqsNotifier
+from container.person_masks import PersonMasker
 from container.settings import Settings, SettingsError
 from container.storage import LocalStorage, S3Storage, Storage
 from container.telemetry import Metrics
-from container.worker import Admission, Worker
-from model import ENGINES, load_engine
-from model.interface import Engine, EngineOptions, GenerationSettings, TryOnInputs
+from container.worker import Admission, Models, Worker
+from model import ENGINES, choose_masker, load_engine, load_masker
+from model.interface import EngineOptions, GenerationSettings, MaskerOptions, PersonNotFound, TryOnInputs
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -47,6 +50,8 @@ class App:
 
     settings: Settings
     service: TryOnService
+    masks: MaskService
+    masker: PersonMasker
     worker: Worker
     admission: Admission
     metrics: Metrics
@@ -60,6 +65,7 @@ class Ports:
     fetcher: Fetcher
     storage: Storage
     notifier: Notifier
+    mask_notifier: Notifier
 
 
 def build(settings: Settings, *, fetcher: Fetcher | None = None, progress: bool = False) -> App:
@@ -74,27 +80,39 @@ def build(settings: Settings, *, fetcher: Fetcher | None = None, progress: bool 
     """
     if settings.engine not in ENGINES:
         raise SettingsError(f"VTON_ENGINE must be one of: {', '.join(sorted(ENGINES))}")
-    ports = Ports(fetcher or _fetcher(settings), _storage(settings), _notifier(settings))
+    results, masks = settings.queue_url, settings.mask_queue_url or settings.queue_url
+    ports = Ports(fetcher or _fetcher(settings), _storage(settings), _notifier(results), _notifier(masks))
     return assemble(settings, ports, _loader(settings, progress), _warm_up)
 
 
-def assemble(settings: Settings, ports: Ports, load: Callable[[], Engine], warm_up: Callable[[Engine], None]) -> App:
-    """The service around these ports and this engine."""
+def assemble(settings: Settings, ports: Ports, load: Callable[[], Models], warm_up: Callable[[Models], None]) -> App:
+    """The service around these ports and these models."""
     metrics = Metrics()
     worker = Worker(load, warm_up, capacity=settings.max_in_flight)
     admission = Admission(settings.max_in_flight, worker.retry_after_s)
     metrics.in_flight.set_function(lambda: admission.taken)
     metrics.ready.set_function(lambda: worker.ready and not admission.draining)
+    masker = PersonMasker(worker, metrics)
     service = TryOnService(
         fetcher=ports.fetcher,
         worker=worker,
+        masker=masker,
         storage=ports.storage,
         notifier=ports.notifier,
         defaults=Defaults(settings.steps, settings.guidance, settings.garment_join, settings.key_prefix),
         fetch_pool=ThreadPoolExecutor(FETCHES_PER_REQUEST * settings.max_in_flight, "fetch"),
         metrics=metrics,
     )
-    return App(settings, service, worker, admission, metrics, ThreadPoolExecutor(settings.max_in_flight, "request"))
+    masks = MaskService(
+        fetcher=ports.fetcher,
+        masker=masker,
+        storage=ports.storage,
+        notifier=ports.mask_notifier,
+        key_prefix=settings.key_prefix,
+        metrics=metrics,
+    )
+    pool = ThreadPoolExecutor(settings.max_in_flight, "request")
+    return App(settings, service, masks, masker, worker, admission, metrics, pool)
 
 
 def https_fetcher(settings: Settings) -> Fetcher:
@@ -115,11 +133,11 @@ def _storage(settings: Settings) -> Storage:
     return LocalStorage(settings.output_dir or Path())
 
 
-def _notifier(settings: Settings) -> Notifier:
-    if settings.queue_url is None:
+def _notifier(queue_url: str | None) -> Notifier:
+    if queue_url is None:
         return NullNotifier()
     try:
-        return SqsNotifier(_session().client("sqs", config=AWS), settings.queue_url)
+        return SqsNotifier(_session().client("sqs", config=AWS), queue_url)
     except BotoCoreError as exc:
         raise SettingsError(f"SQS cannot be addressed: {exc}") from exc
 
@@ -136,7 +154,7 @@ def _session() -> boto3.session.Session:
     return boto3.session.Session()
 
 
-def _loader(settings: Settings, progress: bool) -> Callable[[], Engine]:
+def _loader(settings: Settings, progress: bool) -> Callable[[], Models]:
     options = EngineOptions(
         weights=settings.weights,
         variant=settings.variant,
@@ -146,22 +164,30 @@ def _loader(settings: Settings, progress: bool) -> Callable[[], Engine]:
         progress=progress,
     )
 
-    def load() -> Engine:
+    def load() -> Models:
         # Before torch is imported. Threads that spin for each other starve where cores are shared: on two busy ones a
         # picture took 40 times as long.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         # diffusers asks for CUDA's autocast when it is imported, whether there is CUDA or not.
         warnings.filterwarnings("ignore", "User provided device_type of 'cuda'", UserWarning)
         engine = load_engine(settings.engine, options)
-        log.info("engine_loaded", engine=engine.name)
-        return engine
+        name = choose_masker(settings.weights) if settings.masker == "auto" else settings.masker
+        masker = None
+        if name is not None and name != "off":
+            masker = load_masker(name, MaskerOptions(settings.weights, settings.device, settings.dtype))
+        log.info("models_loaded", engine=engine.name, masker=name or "off")
+        return Models(engine, masker)
 
     return load
 
 
-def _warm_up(engine: Engine) -> None:
-    """One small throw-away picture, at the size of the real ones."""
+def _warm_up(models: Models) -> None:
+    """One small throw-away picture, at the size of the real ones; a masker finds nobody on it."""
     grey = np.full((MODEL_HEIGHT, MODEL_WIDTH, 3), 128, np.uint8)
     mask = np.zeros((MODEL_HEIGHT, MODEL_WIDTH), np.uint8)
     mask[MODEL_HEIGHT // 4 : MODEL_HEIGHT // 2] = 255
-    engine.generate(TryOnInputs(grey, grey, mask), GenerationSettings(WARM_UP_STEPS, 2.0, 0, MODEL_WIDTH, MODEL_HEIGHT))
+    settings = GenerationSettings(WARM_UP_STEPS, 2.0, 0, MODEL_WIDTH, MODEL_HEIGHT)
+    models.engine.generate(TryOnInputs(grey, grey, mask), settings)
+    if models.masker is not None:
+        with suppress(PersonNotFound):
+            models.masker.mask(grey, "overall")

@@ -1,4 +1,4 @@
-"""The one thread that owns the engine, and the counters that decide who may wait for it.
+"""The one thread that owns the models, and the counters that decide who may wait for them.
 
 All locks of the service live here. Every wait ends at a deadline that was set at admission.
 """
@@ -9,15 +9,37 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Callable
+from functools import partial
+from typing import Any, Callable, Generic, TypeVar
 
-from container.errors import DeadlineExceeded, Draining, GenerationFailed, GpuFailed, NotReady, Overloaded
-from model.interface import DeviceFailed, Engine, EngineError, GenerationSettings, Image, OutOfMemory, TryOnInputs
+from container.errors import (
+    DeadlineExceeded,
+    Draining,
+    GenerationFailed,
+    GpuFailed,
+    NotReady,
+    Overloaded,
+    PersonNotFound,
+)
+from model import interface
+from model.interface import (
+    DeviceFailed,
+    Engine,
+    EngineError,
+    GenerationSettings,
+    Image,
+    Masker,
+    OutOfMemory,
+    TryOnInputs,
+)
+
+_T = TypeVar("_T")
 
 IDLE_POLL_S = 0.2  # how soon an idle thread notices that it should stop
 FIRST_ESTIMATE_S = 5.0  # of one generation, until the warm-up has measured one
@@ -39,12 +61,43 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class Masking:
+    """The masks of one photo and what they cost.
+
+    Attributes:
+        masks: for each type, HW uint8 0/255.
+        queued_s: seconds that the photo waited for the masker.
+        masked_s: seconds that the masker took.
+    """
+
+    masks: dict[str, Image]
+    queued_s: float
+    masked_s: float
+
+
+@dataclass(frozen=True)
+class Models:
+    """What the worker's thread owns; a service without automatic masks has no masker."""
+
+    engine: Engine
+    masker: Masker | None = None
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What the work of a job gave, and the seconds that it waited and took."""
+
+    result: Any
+    waited_s: float
+    worked_s: float
+
+
+@dataclass(frozen=True)
 class _Job:
-    inputs: TryOnInputs
-    settings: GenerationSettings
+    work: Callable[[Models], Any]
     deadline: float
     submitted: float
-    future: Future[Generation]
+    future: Future[_Done]
 
 
 class Admission:
@@ -117,16 +170,45 @@ class KeyLocks:
                 self._condition.notify_all()
 
 
-class Worker:
-    """Owns the engine: loads it, warms it up, and makes one picture at a time, in order of arrival.
+class Memory(Generic[_T]):
+    """The latest things by key, at most `limit` of them.
 
     Args:
-        load: returns the loaded engine; run on the worker's own thread.
-        warm_up: makes one throw-away picture with it.
+        limit: how many are kept; the longest unused one goes first.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[str, _T] = OrderedDict()
+
+    def recall(self, key: str) -> _T | None:
+        """What is kept under the key, which then counts as used."""
+        with self._lock:
+            if key not in self._kept:
+                return None
+            self._kept.move_to_end(key)
+            return self._kept[key]
+
+    def keep(self, key: str, thing: _T) -> None:
+        """Keeps a thing under the key."""
+        with self._lock:
+            self._kept[key] = thing
+            self._kept.move_to_end(key)
+            while len(self._kept) > self._limit:
+                self._kept.popitem(last=False)
+
+
+class Worker:
+    """Owns the models: loads them, warms them up, and does one job at a time, in order of arrival.
+
+    Args:
+        load: returns the loaded models; run on the worker's own thread.
+        warm_up: makes one throw-away picture with them.
         capacity: how many jobs may wait; admission keeps it from ever being reached.
     """
 
-    def __init__(self, load: Callable[[], Engine], warm_up: Callable[[Engine], None], capacity: int) -> None:
+    def __init__(self, load: Callable[[], Models], warm_up: Callable[[Models], None], capacity: int) -> None:
         self._load = load
         self._warm_up = warm_up
         self._jobs: queue.Queue[_Job] = queue.Queue(maxsize=capacity)
@@ -135,6 +217,7 @@ class Worker:
         self._loaded = threading.Event()
         self._failure: BaseException | None = None
         self._engine_name = ""
+        self._masks = False
         self._estimate_s = FIRST_ESTIMATE_S
         self._device_failed = False
 
@@ -157,6 +240,11 @@ class Worker:
     def engine_name(self) -> str:
         """The loaded engine's name, "" before."""
         return self._engine_name
+
+    @property
+    def masks(self) -> bool:
+        """True once a masker is loaded."""
+        return self._masks
 
     def retry_after_s(self, ahead: int) -> int:
         """Whole seconds in which half of `ahead` requests should be done: a repeat then finds a place."""
@@ -184,8 +272,26 @@ class Worker:
         Raises:
             NotReady, Draining, DeadlineExceeded, GpuFailed, GenerationFailed, Overloaded.
         """
+        done = self._do(partial(_generate, inputs, settings), deadline)
+        self._estimate_s += 0.2 * (done.worked_s - self._estimate_s)  # follows the load within some ten pictures
+        return Generation(done.result, done.waited_s, done.worked_s)
+
+    def mask(self, person: Image, cloth_types: Sequence[str], deadline: float) -> Masking:
+        """The masks of one photo; returns or raises before `deadline` (time.monotonic()).
+
+        Args:
+            person: HWC uint8 RGB, upright.
+            cloth_types: which masks.
+            deadline: of this call.
+        Raises:
+            PersonNotFound, and what `run` raises.
+        """
+        done = self._do(partial(_mask, person, cloth_types), deadline)
+        return Masking(done.result, done.waited_s, done.worked_s)
+
+    def _do(self, work: Callable[[Models], Any], deadline: float) -> _Done:
         self._refuse_unless_ready()
-        job = _Job(inputs, settings, deadline, time.monotonic(), Future())
+        job = _Job(work, deadline, time.monotonic(), Future())
         try:
             self._jobs.put_nowait(job)
         except queue.Full as exc:
@@ -193,7 +299,7 @@ class Worker:
         try:
             return job.future.result(timeout=max(0.0, deadline - time.monotonic()))
         except FutureTimeout as exc:
-            job.future.cancel()  # a job that has not begun is dropped unrun
+            job.future.cancel()  # a job that has not begun is dropped undone
             raise DeadlineExceeded("the picture was not made in time") from exc
 
     def _refuse_unless_ready(self) -> None:
@@ -206,11 +312,12 @@ class Worker:
 
     def _live(self) -> None:
         try:
-            engine = self._load()
+            models = self._load()
             began = time.monotonic()
-            self._warm_up(engine)
+            self._warm_up(models)
             self._estimate_s = time.monotonic() - began
-            self._engine_name = engine.name
+            self._engine_name = models.engine.name
+            self._masks = models.masker is not None
         except BaseException as exc:  # whatever it is, the process must learn of it and end
             self._failure = exc
             return
@@ -221,9 +328,9 @@ class Worker:
                 job = self._jobs.get(timeout=IDLE_POLL_S)
             except queue.Empty:
                 continue
-            self._make(engine, job)
+            self._work(models, job)
 
-    def _make(self, engine: Engine, job: _Job) -> None:
+    def _work(self, models: Models, job: _Job) -> None:
         if not job.future.set_running_or_notify_cancel():
             return
         began = time.monotonic()
@@ -232,20 +339,33 @@ class Worker:
                 raise DeadlineExceeded("the deadline passed in the queue")
             if self._device_failed:
                 raise GpuFailed("the device failed earlier")
-            image = _generate(engine, job)
+            result = job.work(models)
         except Exception as exc:  # the thread outlives every job; the door answers what it does not know as internal
             self._device_failed = self._device_failed or isinstance(exc.__cause__, DeviceFailed)
             job.future.set_exception(exc)
         else:
-            generated_s = time.monotonic() - began
-            self._estimate_s += 0.2 * (generated_s - self._estimate_s)  # follows the load within some ten pictures
-            job.future.set_result(Generation(image, began - job.submitted, generated_s))
+            job.future.set_result(_Done(result, began - job.submitted, time.monotonic() - began))
 
 
-def _generate(engine: Engine, job: _Job) -> Image:
-    """The engine's picture, its failures in the service's own terms."""
+def _generate(inputs: TryOnInputs, settings: GenerationSettings, models: Models) -> Image:
+    with _in_terms_of_the_service():
+        return models.engine.generate(inputs, settings)
+
+
+def _mask(person: Image, cloth_types: Sequence[str], models: Models) -> dict[str, Image]:
+    if models.masker is None:
+        raise ValueError("there is no masker")
+    with _in_terms_of_the_service():
+        return models.masker.masks(person, cloth_types)
+
+
+@contextmanager
+def _in_terms_of_the_service() -> Iterator[None]:
+    """Turns the models' failures into the service's own."""
     try:
-        return engine.generate(job.inputs, job.settings)
+        yield
+    except interface.PersonNotFound as exc:
+        raise PersonNotFound(str(exc)) from exc
     except (OutOfMemory, DeviceFailed) as exc:
         raise GpuFailed(str(exc)) from exc
     except EngineError as exc:

@@ -42,12 +42,15 @@ from model.interface import Image
 REPOSITORY = Path(__file__).resolve().parent.parent
 ENDPOINT_NAME = "vton-demo"
 BUCKET = "vton-demo"
+QUEUES = ("vton", "vton-masks")
 REGION = "eu-central-1"
 START_LIMIT_S = 120.0
 STOP_LIMIT_S = 30.0
 STEPS = 20
 ONE_CALL = Config(read_timeout=70, retries={"total_max_attempts": 1})  # the default sends a slow call again
-OUTFITS = {"result": ("upper", "lower"), "result_dress": ("dress",)}  # picture -> garments
+OUTFITS = {"result": ("upper", "lower"), "result_dress": ("dress",)}  # picture -> garments, with the drawn mask
+UNMASKED = ("result_no_mask", ("upper", "lower"))  # without one
+GARMENT_FIELDS = {"upper": "upper_cloth_url", "lower": "lower_cloth_url", "dress": "overall_cloth_url"}
 WHAT_IT_IS = (
     "The embedded model is a small CatVTON trained on drawn figures at 192x256 and enlarged: it shows the way of a\n"
     "request and that the garment arrives. Photographs need the published weights."
@@ -57,10 +60,11 @@ FAKE_KEYS = {"AWS_ACCESS_KEY_ID": "demo", "AWS_SECRET_ACCESS_KEY": "demo", "AWS_
 
 @dataclass(frozen=True)
 class LocalCloud:
-    """S3 and SQS on this machine, with one bucket and one queue."""
+    """S3 and SQS on this machine, with one bucket, a queue for results and one for masks."""
 
     url: str
     queue_url: str
+    mask_queue_url: str
 
     def client(self, service: str) -> Any:
         """A boto3 client of the local S3 or SQS."""
@@ -90,7 +94,7 @@ def local_cloud() -> Iterator[LocalCloud]:
         host, port = server.get_host_and_port()
         url = f"http://{host}:{port}"
         client("s3", url).create_bucket(Bucket=BUCKET, CreateBucketConfiguration={"LocationConstraint": REGION})
-        yield LocalCloud(url, client("sqs", url).create_queue(QueueName="vton")["QueueUrl"])
+        yield LocalCloud(url, *(client("sqs", url).create_queue(QueueName=name)["QueueUrl"] for name in QUEUES))
     finally:
         server.stop()
 
@@ -178,13 +182,17 @@ def container_environment(cloud: LocalCloud, trusted_host: str) -> dict[str, str
         "AWS_ENDPOINT_URL_SQS": cloud.url,
         "VTON_BUCKET": BUCKET,
         "VTON_QUEUE_URL": cloud.queue_url,
+        "VTON_MASK_QUEUE_URL": cloud.mask_queue_url,
         "VTON_TRUSTED_HOSTS": trusted_host,
         "VTON_STEPS": str(STEPS),
     }
 
 
 def run_demo(output: Path) -> None:
-    """Dresses a drawn figure through a local endpoint, in top and bottom and in a dress; pictures go to `output`."""
+    """Dresses a drawn figure through a local endpoint: with its mask, in a dress, and without a mask.
+
+    Pictures go to `output`.
+    """
     output.mkdir(parents=True, exist_ok=True)
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # moto's web server logs every call
     pictures = demo_pictures()
@@ -197,29 +205,62 @@ def run_demo(output: Path) -> None:
         click.echo("starting the container process ...")
         container = stack.enter_context(serving(container_environment(cloud, host), output / "serve.log"))
         runtime = stack.enter_context(http_server(create_runtime(container)))
+        stage = _Stage(cloud, host, runtime, time.strftime("%y%m%d-%H%M%S"))
         rows = []
-        for result, garments in OUTFITS.items():
-            click.echo(f"calling boto3 sagemaker-runtime invoke_endpoint: {' and '.join(garments)} ...")
-            answer = _invoke(runtime, _request(host, garments, timestamp=f"{time.strftime('%y%m%d-%H%M%S')}-{result}"))
-            picture = _stored(cloud, answer)
-            (output / f"{result}.png").write_bytes(png(picture))
-            rows.append(_row(pictures, garments, picture))
-            _report(answer, _message(cloud))
+        for name, garments in OUTFITS.items():
+            picture = stage.dress(name, garments, masked=True)
+            (output / f"{name}.png").write_bytes(png(picture))
+            rows.append(_row(pictures, garments, pictures["mask"], picture))
+        masks = stage.mask()
+        for cloth_type, mask in masks.items():
+            (output / f"mask_{cloth_type}.png").write_bytes(png(mask))
+        name, garments = UNMASKED
+        picture = stage.dress(name, garments, masked=False)
+        (output / f"{name}.png").write_bytes(png(picture))
+        rows.append(_row(pictures, garments, masks["overall"], picture))
     (output / "sheet.png").write_bytes(png(np.vstack(rows)))
     click.echo(f"pictures     {output}/sheet.png  (person | masked | garment | result), and each of them beside it")
     click.echo(WHAT_IT_IS)
 
 
-def _request(host: str, garments: Sequence[str], *, timestamp: str) -> dict[str, str]:
-    field = {"upper": "upper_cloth_url", "lower": "lower_cloth_url", "dress": "overall_cloth_url"}
-    return {
-        "userId": "7",
-        "timestamp": timestamp,
-        "person_image_url": f"http://{host}/person.png",
-        "mask_image_url": f"http://{host}/mask.png",
-        **{field[garment]: f"http://{host}/{garment}.png" for garment in garments},
-        "output_format": "png",
-    }
+@dataclass(frozen=True)
+class _Stage:
+    """Where the demo's calls go."""
+
+    cloud: LocalCloud
+    images: str
+    runtime: str
+    timestamp: str
+
+    def dress(self, name: str, garments: Sequence[str], *, masked: bool) -> Image:
+        """The picture of one try-on."""
+        without = "" if masked else ", without a mask"
+        click.echo(f"calling boto3 sagemaker-runtime invoke_endpoint: {' and '.join(garments)}{without} ...")
+        mask = {"mask_image_url": self._url("mask")} if masked else {}
+        urls = {GARMENT_FIELDS[garment]: self._url(garment) for garment in garments}
+        answer = self._invoke({**urls, **mask, "output_format": "png", "timestamp": f"{self.timestamp}-{name}"})
+        _report(answer, _message(self.cloud, self.cloud.queue_url))
+        return self._stored(answer["object_key"], "RGB")
+
+    def mask(self) -> dict[str, Image]:
+        """The masks of the person, as they are stored at sign-up."""
+        click.echo("calling boto3 sagemaker-runtime invoke_endpoint: the masks of the photo ...")
+        answer = self._invoke({"task": "mask", "timestamp": self.timestamp})
+        for key in answer["object_keys"].values():
+            click.echo(f"object key   {key}")
+        click.echo(f"SQS message  {json.dumps(_message(self.cloud, self.cloud.mask_queue_url))}")
+        return {name: self._stored(key, "L") for name, key in answer["object_keys"].items()}
+
+    def _url(self, name: str) -> str:
+        return f"http://{self.images}/{name}.png"
+
+    def _invoke(self, fields: Mapping[str, str]) -> dict[str, Any]:
+        return _invoke(self.runtime, {"userId": "7", "person_image_url": self._url("person"), **fields})
+
+    def _stored(self, key: str, mode: str) -> Image:
+        found = self.cloud.client("s3").get_object(Bucket=BUCKET, Key=key)
+        with Pillow.open(io.BytesIO(found["Body"].read())) as opened:
+            return np.asarray(opened.convert(mode))
 
 
 def _invoke(runtime: str, request: Mapping[str, str]) -> dict[str, Any]:
@@ -230,22 +271,16 @@ def _invoke(runtime: str, request: Mapping[str, str]) -> dict[str, Any]:
     return answer
 
 
-def _stored(cloud: LocalCloud, answer: Mapping[str, Any]) -> Image:
-    found = cloud.client("s3").get_object(Bucket=answer["bucket"], Key=answer["object_key"])
-    with Pillow.open(io.BytesIO(found["Body"].read())) as opened:
-        return np.asarray(opened.convert("RGB"))
-
-
-def _message(cloud: LocalCloud) -> dict[str, Any]:
+def _message(cloud: LocalCloud, queue_url: str) -> dict[str, Any]:
     sqs = cloud.client("sqs")
-    (received,) = sqs.receive_message(QueueUrl=cloud.queue_url, WaitTimeSeconds=5)["Messages"]
-    sqs.delete_message(QueueUrl=cloud.queue_url, ReceiptHandle=received["ReceiptHandle"])
+    (received,) = sqs.receive_message(QueueUrl=queue_url, WaitTimeSeconds=5)["Messages"]
+    sqs.delete_message(QueueUrl=queue_url, ReceiptHandle=received["ReceiptHandle"])
     message: dict[str, Any] = json.loads(received["Body"])
     return message
 
 
-def _row(pictures: Mapping[str, Image], garments: Sequence[str], result: Image) -> Image:
-    inputs = prepare(Pictures(pictures["person"], [pictures[name] for name in garments], pictures["mask"]), "clean")
+def _row(pictures: Mapping[str, Image], garments: Sequence[str], mask: Image, result: Image) -> Image:
+    inputs = prepare(Pictures(pictures["person"], [pictures[name] for name in garments], mask), "clean")
     masked = geometry.masked_person(inputs.person, inputs.mask)
     return geometry.side_by_side([inputs.person, masked, inputs.garment, result])
 
@@ -255,6 +290,8 @@ def _report(answer: Mapping[str, Any], message: Mapping[str, Any]) -> None:
     click.echo(f"bucket       {answer['bucket']}   etag {answer['etag']}")
     click.echo(f"SQS message  {json.dumps(message)}")
     click.echo(f"engine       {answer['engine']}   seed {answer['seed']}   {answer['width']}x{answer['height']}")
+    remembered = f", mask cache {answer['mask_cache']}" if "mask_cache" in answer else ""
+    click.echo(f"mask         {answer['mask_source']}{remembered}")
     click.echo("stage times  " + "  ".join(f"{stage} {ms:.0f} ms" for stage, ms in answer["timings_ms"].items()))
 
 

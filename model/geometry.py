@@ -24,6 +24,7 @@ MID_GREY = 128
 
 Box = tuple[int, int, int, int]
 _WHITE = (255, 255, 255)
+TINT = (255, 0, 80)
 
 
 def crop_box(width_in: int, height_in: int, width: int, height: int) -> Box:
@@ -65,6 +66,29 @@ def crop_resize(
     """
     box = crop_box(image.width, image.height, width, height)
     return image.crop(box).resize((width, height), resample)
+
+
+def fit_within(image: Pixels, longest_side: int) -> Pixels:
+    """Shrink a picture until its longer side is at most `longest_side` px; a smaller one is left as it is.
+
+    Args:
+        image: HWC uint8 RGB; an extreme aspect keeps at least 1 px of its short side.
+        longest_side: px.
+    """
+    _check_rgb(image, "image")
+    _check_sizes(longest_side)
+    height, width = image.shape[:2]
+    longest = max(height, width)
+    if longest <= longest_side:
+        return image
+    return _resize(image, *(max(1, round(side * longest_side / longest)) for side in (width, height)))
+
+
+def resize_mask(mask: Pixels, width: int, height: int) -> Pixels:
+    """The nearest pixels of an HW uint8 mask at another size."""
+    _check_mask(mask)
+    _check_sizes(width, height)
+    return np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
 
 
 def fit_pad(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -272,6 +296,21 @@ def masked_person(person: Pixels, mask: Pixels) -> Pixels:
     if mask.shape != person.shape[:2]:
         raise ValueError(f"mask is {mask.shape}, the person is {person.shape[:2]}")
     return np.where(binarise(mask)[..., None] > 0, np.uint8(MID_GREY), person)
+
+
+def tinted(person: Pixels, mask: Pixels) -> Pixels:
+    """The person with half of a strong colour where the mask is set, to look at.
+
+    Args:
+        person: HWC uint8 RGB.
+        mask: HW uint8 of the same height and width.
+    """
+    _check_rgb(person, "person")
+    _check_mask(mask)
+    if mask.shape != person.shape[:2]:
+        raise ValueError(f"mask is {mask.shape}, the person is {person.shape[:2]}")
+    mixed = (person.astype(np.uint16) + np.array(TINT, np.uint16)) // 2
+    return np.where(binarise(mask)[..., None] > 0, mixed.astype(np.uint8), person)
 
 
 def _resize(image: Pixels, width: int, height: int) -> Pixels:

@@ -89,6 +89,21 @@ class EngineOptions:
     progress: bool = False
 
 
+@dataclass(frozen=True)
+class MaskerOptions:
+    """How a masker is loaded.
+
+    Attributes:
+        weights: the directory of weights in the published layout; the embedded masker brings its own.
+        device: "auto", "cuda" or "cpu".
+        dtype: of the networks on CUDA: "auto" (float16), "float16", "bfloat16" or "float32"; the CPU has float32.
+    """
+
+    weights: str | Path = EMBEDDED
+    device: str = "auto"
+    dtype: str = "auto"
+
+
 class Engine(Protocol):
     """One loaded model. Immutable after load; called by one thread at a time."""
 

@@ -12,9 +12,11 @@ import numpy as np
 from PIL import Image as Pillow
 
 from container.errors import ImageNotFound
+from container.request import CLOTH_TYPES
 from container.settings import Settings
 from container.storage import LocalStorage
 from container.wiring import Ports, assemble
+from container.worker import Models
 
 
 def png(array):
@@ -115,12 +117,46 @@ class StandInEngine:
         return picture
 
 
+class StandInMasker:
+    """Masks another part of the picture for each type; counts the pictures that it looked at."""
+
+    def __init__(self):
+        self.seen = []
+        self.failures = []
+
+    def mask(self, person, cloth_type):
+        return self.masks(person, [cloth_type])[cloth_type]
+
+    def masks(self, person, cloth_types):
+        self.seen.append(person)
+        if self.failures:
+            raise self.failures.pop()
+        height, width = person.shape[:2]
+        made = {}
+        for name in cloth_types:
+            made[name] = np.zeros((height, width), np.uint8)
+            made[name][height // 4 : height // 4 + (1 + CLOTH_TYPES.index(name)) * height // 10] = 255
+        return made
+
+
 @contextmanager
-def running_app(tmp_path: Path, *, engine=None, fetcher=None, notifier=None, storage=None, **settings):
-    """A wired service with a warm stand-in engine, results in `tmp_path`."""
+def running_app(
+    tmp_path: Path,
+    *,
+    engine=None,
+    masker=None,
+    fetcher=None,
+    notifier=None,
+    mask_notifier=None,
+    storage=None,
+    **settings,
+):
+    """A wired service with a warm stand-in engine, results in `tmp_path`; without a masker unless one is given."""
     engine = engine or StandInEngine()
-    ports = Ports(fetcher or FakeFetcher(), storage or LocalStorage(tmp_path), notifier or RecordingNotifier())
-    app = assemble(Settings(output_dir=tmp_path, **settings), ports, lambda: engine, lambda _engine: None)
+    notifier = notifier or RecordingNotifier()
+    ports = Ports(fetcher or FakeFetcher(), storage or LocalStorage(tmp_path), notifier, mask_notifier or notifier)
+    models = Models(engine, masker)
+    app = assemble(Settings(output_dir=tmp_path, **settings), ports, lambda: models, lambda _models: None)
     app.worker.start()
     assert app.worker.wait_until_loaded(5)
     try:

@@ -11,7 +11,8 @@ from PIL import Image
 
 from model import embedded, weights
 from model.catvton import engine as engine_module
-from model.catvton.engine import CatVTONEngine, choose_device, choose_dtype, load, to_picture
+from model.catvton.engine import CatVTONEngine, load, to_picture
+from model.device import choose_device, choose_dtype
 from model.interface import (
     EMBEDDED,
     BadPicture,

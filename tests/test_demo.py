@@ -37,13 +37,23 @@ def test_it_leaves_pictures_to_look_at(shown):
     _, folder = shown
     names = {path.name for path in folder.glob("*.png")}
     inputs = {"person.png", "upper.png", "lower.png", "dress.png", "mask.png"}
-    assert names == inputs | {"result.png", "result_dress.png", "sheet.png"}
+    masks = {f"mask_{name}.png" for name in ("upper", "lower", "overall", "inner", "outer")}
+    assert names == inputs | masks | {"result.png", "result_dress.png", "result_no_mask.png", "sheet.png"}
 
 
-@pytest.mark.parametrize("name", ["result", "result_dress"])
-def test_the_result_differs_from_the_person_only_inside_the_mask(shown, name):
+def test_a_person_whose_masks_were_made_is_dressed_without_a_mask(shown):
+    printed, _ = shown
+    assert "users/7/masking/" in printed
+    assert '"username": "7"' in printed
+    assert "mask         auto, mask cache hit" in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "mask"), [("result", "mask"), ("result_dress", "mask"), ("result_no_mask", "mask_overall")]
+)
+def test_the_result_differs_from_the_person_only_inside_the_mask(shown, name, mask):
     _, folder = shown
-    person, mask, result = (pixels(folder / f"{each}.png") for each in ("person", "mask", name))
+    person, mask, result = (pixels(folder / f"{each}.png") for each in ("person", mask, name))
     changed = (person != result).any(axis=2)
     assert not changed[mask < 128].any()
     assert changed[mask >= 128].mean() > 0.9

@@ -29,7 +29,7 @@ from model.embedded.parser_training import (
 from model.embedded.people import FACE, HAND, LABELS, SHOE
 from model.embedded.textures import Texture
 from model.embedded.wardrobe import Garment, Outfit
-from model.interface import PersonNotFound
+from model.interface import MaskerOptions, PersonNotFound
 from model.weights import WeightsError
 
 TYPES = ("upper", "lower", "overall", "inner", "outer")
@@ -149,9 +149,9 @@ def test_the_longest_picture_costs_a_bounded_look(masker) -> None:
 
 def test_maskers_are_registered_by_name() -> None:
     person = drawn_person(UNSEEN[3]).image
-    assert load_masker("embedded").mask(person, "lower").shape == person.shape[:2]
+    assert load_masker("embedded", MaskerOptions()).mask(person, "lower").shape == person.shape[:2]
     with pytest.raises(ValueError, match="one of: embedded"):
-        load_masker("other")
+        load_masker("other", MaskerOptions())
 
 
 def test_importing_the_registry_loads_no_torch() -> None:

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from botocore.exceptions import ClientError
 from PIL import Image as Pillow
-from stand_in import box_mask, noise, usual_files, usual_request
+from stand_in import box_mask, noise, png, usual_files, usual_request
 
 from deploy.demo import BUCKET, ENDPOINT_NAME
 from model import geometry
+from model.embedded import demo_pictures
 
 
 def fields(endpoint, **changes):
@@ -31,9 +32,9 @@ def invoke(endpoint, request, **members):
     return json.loads(response["Body"].read())
 
 
-def messages(endpoint):
+def messages(endpoint, queue_url=None):
     received = endpoint.cloud.client("sqs").receive_message(
-        QueueUrl=endpoint.cloud.queue_url, MaxNumberOfMessages=10, WaitTimeSeconds=0
+        QueueUrl=queue_url or endpoint.cloud.queue_url, MaxNumberOfMessages=10, WaitTimeSeconds=0
     )
     return [json.loads(message["Body"]) for message in received.get("Messages", [])]
 
@@ -110,6 +111,43 @@ def test_images_may_be_the_callers_own_objects(endpoint):
     assert invoke(endpoint, fields(endpoint, userId="42", person_image_url=own))["width"] == 768
     with pytest.raises(ClientError, match="url_not_permitted"):
         invoke(endpoint, fields(endpoint, userId="43", person_image_url=own))
+
+
+def figure(endpoint):
+    """A drawn person in the bucket, as a URL that the endpoint may fetch."""
+    s3 = endpoint.cloud.client("s3")
+    s3.put_object(Bucket=BUCKET, Key="users/51/row/t/row.png", Body=png(demo_pictures()["person"]))
+    return s3.generate_presigned_url("get_object", {"Bucket": BUCKET, "Key": "users/51/row/t/row.png"}, ExpiresIn=3600)
+
+
+def test_the_deployed_sign_up_works_unchanged(endpoint):
+    answer = invoke(endpoint, {"body": {"username": "51", "row_image_url": figure(endpoint), "timestamp": "sign-up"}})
+    assert set(answer["object_keys"]) == {"upper", "lower", "overall", "inner", "outer"}
+    for name, key in answer["object_keys"].items():
+        assert key == f"users/51/masking/sign-up/{name}.png"
+        found = stored(endpoint, key)
+        assert found["ContentType"] == "image/png"
+        with Pillow.open(io.BytesIO(found["Body"].read())) as mask:
+            assert (mask.mode, mask.size) == ("L", (answer["width"], answer["height"]))
+            assert mask.getextrema() == (0, 255)
+    (message,) = messages(endpoint, endpoint.cloud.mask_queue_url)
+    assert (message["username"], message["initial_timestamp"]) == ("51", "sign-up")
+
+
+def test_a_request_without_a_mask_is_masked_and_the_next_one_of_the_person_from_memory(endpoint):
+    before = endpoint.metric("vton_mask_cache_total")
+    request = fields(endpoint, userId="51", person_image_url=figure(endpoint), mask_image_url=None)
+    first = invoke(endpoint, {**request, "timestamp": "no-mask-1"})
+    second = invoke(endpoint, {**request, "timestamp": "no-mask-2", "cloth_type": "lower"})
+    assert (first["mask_source"], second["mask_source"], second["mask_cache"]) == ("auto", "auto", "hit")
+    assert endpoint.metric("vton_mask_cache_total") == before + 2
+
+
+def test_a_photo_without_a_person_and_without_a_mask_is_refused(endpoint):
+    with pytest.raises(ClientError) as refused:
+        invoke(endpoint, fields(endpoint, userId="nobody", mask_image_url=None))
+    error = json.loads(refused.value.response["OriginalMessage"])["error"]
+    assert (error["code"], error["retryable"]) == ("person_not_found", False)
 
 
 def test_two_equal_requests_give_one_generation_and_the_same_bytes(endpoint):

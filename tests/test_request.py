@@ -61,7 +61,7 @@ OUT_OF_RANGE = [
     ("output_format", "JPEG"),
     ("output_size", "huge"),
     ("composite", "blend"),
-    ("task", "mask"),
+    ("task", "masks"),
     ("person_image_url", ""),
     ("person_image_url", "https://a.example/" + "x" * 2031),
     ("person_image_url", "https://a.example/\ud800"),

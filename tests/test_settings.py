@@ -23,6 +23,8 @@ REFUSED = {
     "VTON_BUCKET": "Not_A_Bucket",
     "VTON_KEY_PREFIX": "../",
     "VTON_QUEUE_URL": "not a url",
+    "VTON_MASK_QUEUE_URL": "not a url",
+    "VTON_MASKER": "other",
     "VTON_WEIGHTS": "",
     "VTON_IMAGE_HOSTS": "https://shop.example",
     "VTON_TRUSTED_HOSTS": "shop.example",

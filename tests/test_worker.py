@@ -5,10 +5,19 @@ import time
 
 import numpy as np
 import pytest
-from stand_in import StandInEngine, box_mask, noise
+from stand_in import StandInEngine, StandInMasker, box_mask, noise
 
-from container.errors import DeadlineExceeded, Draining, GenerationFailed, GpuFailed, NotReady, Overloaded
-from container.worker import Admission, KeyLocks, Worker
+from container.errors import (
+    DeadlineExceeded,
+    Draining,
+    GenerationFailed,
+    GpuFailed,
+    NotReady,
+    Overloaded,
+    PersonNotFound,
+)
+from container.worker import Admission, KeyLocks, Memory, Models, Worker
+from model import interface
 from model.interface import BadPicture, DeviceFailed, GenerationSettings, OutOfMemory, TryOnInputs
 
 INPUTS = TryOnInputs(noise(), noise(), box_mask())
@@ -19,8 +28,8 @@ def soon(seconds=5.0):
     return time.monotonic() + seconds
 
 
-def started(engine, capacity=4):
-    worker = Worker(lambda: engine, lambda _engine: None, capacity)
+def started(engine, capacity=4, masker=None):
+    worker = Worker(lambda: Models(engine, masker), lambda _models: None, capacity)
     worker.start()
     assert worker.wait_until_loaded(5)
     return worker
@@ -63,7 +72,7 @@ def test_a_picture_comes_back_with_its_times(worker):
 
 def test_before_the_engine_is_warm_a_job_is_refused_as_not_ready():
     warm = threading.Event()
-    worker = Worker(StandInEngine, lambda _engine: warm.wait(5) and None, 4)
+    worker = Worker(lambda: Models(StandInEngine()), lambda _models: warm.wait(5) and None, 4)
     worker.start()
     with pytest.raises(NotReady):
         worker.run(INPUTS, SETTINGS, soon())
@@ -77,7 +86,7 @@ def test_a_load_that_fails_is_told_and_leaves_the_worker_unready():
     def load():
         raise ValueError("weights/unet.safetensors is damaged")
 
-    worker = Worker(load, lambda _engine: None, 4)
+    worker = Worker(load, lambda _models: None, 4)
     worker.start()
     assert worker.wait_until_loaded(5)
     assert "damaged" in str(worker.failure)
@@ -202,3 +211,46 @@ def test_other_keys_are_free_and_a_key_is_free_again_after_a_failure():
         raise ZeroDivisionError
     with locks.hold("a", soon(0.1)):
         pass
+
+
+def test_masks_come_back_with_their_times_from_the_same_thread(engine):
+    masker = StandInMasker()
+    worker = started(engine, masker=masker)
+    assert worker.masks
+    masking = worker.mask(INPUTS.person, ["upper", "outer"], soon())
+    assert list(masking.masks) == ["upper", "outer"]
+    assert masking.queued_s >= 0
+    assert masking.masked_s >= 0
+    worker.stop(5)
+
+
+def test_a_worker_without_a_masker_says_so(worker):
+    assert not worker.masks
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (interface.PersonNotFound("nobody"), PersonNotFound),
+        (interface.OutOfMemory("masker"), GpuFailed),
+        (interface.EngineError("masker"), GenerationFailed),
+    ],
+)
+def test_the_maskers_failures_are_told_in_the_services_terms(engine, raised, expected):
+    masker = StandInMasker()
+    masker.failures = [raised]
+    worker = started(engine, masker=masker)
+    with pytest.raises(expected):
+        worker.mask(INPUTS.person, ["upper"], soon())
+    assert worker.ready
+    assert worker.mask(INPUTS.person, ["upper"], soon()).masks
+    worker.stop(5)
+
+
+def test_a_memory_keeps_the_latest_things():
+    memory = Memory(2)
+    memory.keep("a", 1)
+    memory.keep("b", 2)
+    assert memory.recall("a") == 1
+    memory.keep("c", 3)
+    assert [memory.recall(key) for key in "abc"] == [1, None, 3]

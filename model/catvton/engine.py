@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +13,8 @@ from PIL import Image as PillowImage
 
 from model import embedded, weights
 from model.catvton.pipeline import CatVTONPipeline
-from model.interface import (
-    EMBEDDED,
-    BadPicture,
-    DeviceFailed,
-    Engine,
-    EngineError,
-    EngineOptions,
-    GenerationSettings,
-    Image,
-    OutOfMemory,
-    TryOnInputs,
-)
-
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-DEVICES = ("cuda", "cpu")
+from model.device import choose_device, choose_dtype, failures_told_apart
+from model.interface import EMBEDDED, BadPicture, Engine, EngineOptions, GenerationSettings, Image, TryOnInputs
 
 
 def load(options: EngineOptions) -> Engine:
@@ -67,26 +53,6 @@ def _log_verification(verification: weights.Verification) -> None:
         log.warning("weights_unverified", extra=found)  # no record, and none can be written
 
 
-def choose_device(device: str) -> torch.device:
-    """The device that "auto", "cuda" or "cpu" stands for; ValueError for another name, or CUDA where there is none."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device not in DEVICES:
-        raise ValueError(f"unknown device {device!r}; one of: auto, {', '.join(DEVICES)}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda' was asked for but no CUDA device is present")
-    return torch.device(device)
-
-
-def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype of that name; "auto" is float16 on CUDA and float32 on the CPU. ValueError for another name."""
-    if dtype == "auto":
-        return torch.float16 if device.type == "cuda" else torch.float32
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; one of: auto, {', '.join(DTYPES)}")
-    return DTYPES[dtype]
-
-
 class CatVTONEngine:
     """One CatVTON pipeline behind the `Engine` protocol; immutable after construction.
 
@@ -119,16 +85,8 @@ class CatVTONEngine:
             EngineError: any other failure inside torch.
         """
         size_wh = (settings.width, settings.height)
-        try:
+        with failures_told_apart():
             pixels = self._draw(inputs, settings, self._work_size_wh or size_wh)
-        except torch.cuda.OutOfMemoryError as exc:
-            traceback.clear_frames(exc.__traceback__)  # they hold the tensors that filled the memory
-            torch.cuda.empty_cache()
-            raise OutOfMemory(str(exc)) from exc
-        except RuntimeError as exc:
-            if _is_device_failure(exc):
-                raise DeviceFailed(str(exc)) from exc
-            raise EngineError(str(exc)) from exc
         picture = to_picture(pixels)
         if self._work_size_wh in (None, size_wh):
             return picture
@@ -160,8 +118,3 @@ def to_picture(pixels: torch.Tensor) -> Image:
     if picture.min() == picture.max():
         raise BadPicture(f"every value of the picture is {picture.min()}")
     return picture
-
-
-def _is_device_failure(exc: RuntimeError) -> bool:
-    accelerator_error = getattr(torch, "AcceleratorError", None)  # torch 2.8 and later
-    return "CUDA error" in str(exc) or (accelerator_error is not None and isinstance(exc, accelerator_error))

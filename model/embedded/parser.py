@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from model.embedded.canvas import UNITS_WH
 from model.embedded.people import LABELS
-from model.interface import Image, PersonNotFound
+from model.interface import Image, MaskerOptions, PersonNotFound
 from model.weights import WeightsError
 
 WEIGHTS = Path(__file__).with_name("weights") / "parser.safetensors"
@@ -142,12 +142,15 @@ class EmbeddedMasker:
         return np.asarray(cv2.resize(read(self._network, person).labels, size_wh, interpolation=cv2.INTER_NEAREST))
 
 
-def load() -> EmbeddedMasker:
-    """The masker with the weights of the repository.
+def load(options: MaskerOptions | None = None) -> EmbeddedMasker:
+    """The masker with the weights of the repository, on the CPU, where it takes a tenth of a second.
 
+    Args:
+        options: none of them matters here.
     Raises:
         WeightsError: the file is missing, damaged or does not fit.
     """
+    del options
     return EmbeddedMasker(load_parser(WEIGHTS))
 
 
