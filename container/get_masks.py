@@ -10,9 +10,9 @@ from container.images import decode, encode_mask
 from container.notify import Notifier, masks_completion
 from container.person_masks import PersonMasker, PersonMasks
 from container.request import CallContext, MaskRequest, MaskResult
+from container.sharing import KeyLocks
 from container.storage import Storage, StoredObject, mask_key_for, same_job
 from container.telemetry import Metrics, StageTimes
-from container.worker import KeyLocks
 
 MASKED_HERE = "auto"
 PNG = "image/png"

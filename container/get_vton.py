@@ -18,9 +18,10 @@ from container.images import FILE_OF, decode, decode_mask, encode
 from container.notify import Notifier, completion
 from container.person_masks import PersonMasker
 from container.request import MAX_SEED, RANDOM_SEED, CallContext, TryOnRequest, TryOnResult
+from container.sharing import KeyLocks
 from container.storage import Storage, StoredObject, all_keys_for, key_for, same_job
 from container.telemetry import Metrics, StageTimes
-from container.worker import KeyLocks, Worker
+from container.worker import Worker
 from model import geometry
 from model.interface import GenerationSettings, Image, TryOnInputs
 

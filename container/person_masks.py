@@ -11,8 +11,9 @@ from typing import Literal
 import numpy as np
 
 from container.request import CLOTH_TYPES
+from container.sharing import KeyLocks, Memory
 from container.telemetry import Metrics, StageTimes
-from container.worker import KeyLocks, Memory, Worker
+from container.worker import Worker
 from model import geometry
 from model.interface import Image
 

@@ -52,6 +52,7 @@ class Settings(BaseModel):
         guidance: guidance scale where the request names none, 1-10.
         deadline_s: seconds from admission to answer, 1-3600; real-time endpoints end at 60.
         max_in_flight: requests admitted at a time, running and waiting.
+        max_batch: pictures made at once, 1-16, where so many compatible requests wait.
         image_hosts: if any, the only public hosts that images come from ("shop.example", "*.shop.example").
         trusted_hosts: "host:port" that may be private and plain http. For local work only.
         docs: serve the OpenAPI pages.
@@ -78,6 +79,7 @@ class Settings(BaseModel):
     guidance: float = Field(default=2.5, ge=1, le=10, allow_inf_nan=False)
     deadline_s: float = Field(default=55, ge=1, le=3600, allow_inf_nan=False)
     max_in_flight: int = Field(default=8, ge=1, le=1000)
+    max_batch: int = Field(default=1, ge=1, le=16)
     image_hosts: Tuple[str, ...] = ()
     trusted_hosts: Tuple[str, ...] = ()
     docs: bool = False

@@ -23,9 +23,10 @@ from container.get_vton import MODEL_HEIGHT, MODEL_WIDTH, Defaults, TryOnService
 from container.notify import Notifier, NullNotifier, SqsNotifier
 from container.person_masks import PersonMasker
 from container.settings import Settings, SettingsError
+from container.sharing import Admission
 from container.storage import LocalStorage, S3Storage, Storage
 from container.telemetry import Metrics
-from container.worker import Admission, Models, Worker
+from container.worker import Models, Worker
 from model import ENGINES, choose_masker, load_engine, load_masker
 from model.interface import EngineOptions, GenerationSettings, MaskerOptions, PersonNotFound, TryOnInputs
 
@@ -88,7 +89,7 @@ def build(settings: Settings, *, fetcher: Fetcher | None = None, progress: bool 
 def assemble(settings: Settings, ports: Ports, load: Callable[[], Models], warm_up: Callable[[Models], None]) -> App:
     """The service around these ports and these models."""
     metrics = Metrics()
-    worker = Worker(load, warm_up, capacity=settings.max_in_flight)
+    worker = Worker(load, warm_up, capacity=settings.max_in_flight, max_batch=settings.max_batch)
     admission = Admission(settings.max_in_flight, worker.retry_after_s)
     metrics.in_flight.set_function(lambda: admission.taken)
     metrics.ready.set_function(lambda: worker.ready and not admission.draining)

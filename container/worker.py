@@ -1,22 +1,20 @@
-"""The one thread that owns the models, and the counters that decide who may wait for them.
+"""The one thread that owns the models, and what waits for it.
 
-All locks of the service live here. Every wait ends at a deadline that was set at admission.
+Every wait ends at a deadline that was set at admission.
 """
 
 from __future__ import annotations
 
 import math
-import queue
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Callable, Generic, TypeVar
+from typing import Any, Callable
 
 from container.errors import (
     DeadlineExceeded,
@@ -39,10 +37,12 @@ from model.interface import (
     TryOnInputs,
 )
 
-_T = TypeVar("_T")
-
 IDLE_POLL_S = 0.2  # how soon an idle thread notices that it should stop
 FIRST_ESTIMATE_S = 5.0  # of one generation, until the warm-up has measured one
+
+
+class Abandoned(Exception):
+    """The caller left before the work began; nobody reads the answer."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Generation:
     Attributes:
         image: HWC uint8 RGB.
         queued_s: seconds it waited for the engine.
-        generated_s: seconds that the engine took.
+        generated_s: seconds that the engine took, for all pictures of its batch.
     """
 
     image: Image
@@ -85,7 +85,7 @@ class Models:
 
 @dataclass(frozen=True)
 class _Done:
-    """What the work of a job gave, and the seconds that it waited and took."""
+    """What a job came to, and the seconds that it waited and took."""
 
     result: Any
     waited_s: float
@@ -94,124 +94,76 @@ class _Done:
 
 @dataclass(frozen=True)
 class _Job:
-    work: Callable[[Models], Any]
+    """Work for the thread.
+
+    Attributes:
+        work: does several orders at once: (models, orders) -> a result for each.
+        order: what is asked for.
+        kind: jobs of one kind may be done together; None is done alone.
+        deadline: time.monotonic() value, after which it is not begun.
+        is_wanted: whether the caller is still there.
+        submitted: when it began to wait.
+        future: gets the result.
+    """
+
+    work: Callable[[Models, Sequence[Any]], Sequence[Any]]
+    order: Any
+    kind: Hashable | None
     deadline: float
+    is_wanted: Callable[[], bool]
     submitted: float
     future: Future[_Done]
 
 
-class Admission:
-    """A bounded count of requests in flight. Never blocks."""
+class _Waiting:
+    """Jobs in order of arrival, at most `capacity` of them."""
 
-    def __init__(self, limit: int, retry_after_s: Callable[[int], int]) -> None:
-        self._limit = limit
-        self._retry_after_s = retry_after_s
-        self._lock = threading.Lock()
-        self._taken = 0
-        self._draining = False
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._changed = threading.Condition()
+        self._jobs: deque[_Job] = deque()
 
-    @property
-    def taken(self) -> int:
-        """Requests in flight."""
-        return self._taken
+    def __len__(self) -> int:
+        return len(self._jobs)
 
-    @property
-    def draining(self) -> bool:
-        """True once no more requests are admitted."""
-        return self._draining
+    def add(self, job: _Job) -> bool:
+        """False where all places are taken."""
+        with self._changed:
+            if len(self._jobs) >= self._capacity:
+                return False
+            self._jobs.append(job)
+            self._changed.notify()
+            return True
 
-    def drain(self) -> None:
-        """Admits no more requests."""
-        self._draining = True
-
-    def enter(self) -> None:
-        """Takes one place, which the caller gives back with `leave`.
-
-        Raises:
-            Draining: the process is shutting down.
-            Overloaded: all places are taken; says when to come back.
-        """
-        with self._lock:
-            if self._draining:
-                raise Draining(retry_after_s=1)
-            if self._taken >= self._limit:
-                raise Overloaded(retry_after_s=self._retry_after_s(self._taken))
-            self._taken += 1
-
-    def leave(self) -> None:
-        """Gives one place back."""
-        with self._lock:
-            self._taken -= 1
-
-
-class KeyLocks:
-    """One holder per key: of two requests for the same object the second waits and then finds it stored."""
-
-    def __init__(self) -> None:
-        self._condition = threading.Condition()
-        self._held: set[str] = set()
-
-    @contextmanager
-    def hold(self, key: str, deadline: float) -> Iterator[None]:
-        """Holds the key inside the block.
-
-        Raises:
-            DeadlineExceeded: another request held it until `deadline` (time.monotonic()).
-        """
-        with self._condition:
-            if not self._condition.wait_for(lambda: key not in self._held, timeout=deadline - time.monotonic()):
-                raise DeadlineExceeded("another request for the same key was still running")
-            self._held.add(key)
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._held.remove(key)
-                self._condition.notify_all()
-
-
-class Memory(Generic[_T]):
-    """The latest things by key, at most `limit` of them.
-
-    Args:
-        limit: how many are kept; the longest unused one goes first.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._lock = threading.Lock()
-        self._kept: OrderedDict[str, _T] = OrderedDict()
-
-    def recall(self, key: str) -> _T | None:
-        """What is kept under the key, which then counts as used."""
-        with self._lock:
-            if key not in self._kept:
-                return None
-            self._kept.move_to_end(key)
-            return self._kept[key]
-
-    def keep(self, key: str, thing: _T) -> None:
-        """Keeps a thing under the key."""
-        with self._lock:
-            self._kept[key] = thing
-            self._kept.move_to_end(key)
-            while len(self._kept) > self._limit:
-                self._kept.popitem(last=False)
+    def take(self, most: int, timeout_s: float) -> list[_Job]:
+        """The first job, and of those behind it the ones of its kind, up to `most`; none after `timeout_s`."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._jobs, timeout_s):
+                return []
+            first = self._jobs.popleft()
+            fellows = [job for job in self._jobs if job.kind is not None and job.kind == first.kind][: most - 1]
+            for job in fellows:
+                self._jobs.remove(job)
+            return [first, *fellows]
 
 
 class Worker:
-    """Owns the models: loads them, warms them up, and does one job at a time, in order of arrival.
+    """Owns the models: loads them, warms them up, and works in order of arrival.
 
     Args:
         load: returns the loaded models; run on the worker's own thread.
         warm_up: makes one throw-away picture with them.
         capacity: how many jobs may wait; admission keeps it from ever being reached.
+        max_batch: pictures that are made at once, if so many compatible ones wait.
     """
 
-    def __init__(self, load: Callable[[], Models], warm_up: Callable[[Models], None], capacity: int) -> None:
+    def __init__(
+        self, load: Callable[[], Models], warm_up: Callable[[Models], None], capacity: int, max_batch: int = 1
+    ) -> None:
         self._load = load
         self._warm_up = warm_up
-        self._jobs: queue.Queue[_Job] = queue.Queue(maxsize=capacity)
+        self._max_batch = max_batch
+        self._waiting = _Waiting(capacity)
         self._thread = threading.Thread(target=self._live, name="gpu", daemon=True)
         self._stop = threading.Event()
         self._loaded = threading.Event()
@@ -263,39 +215,63 @@ class Worker:
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
-        while not self._jobs.empty():
-            self._jobs.get_nowait().future.set_exception(Draining(retry_after_s=1))
+        for job in iter(lambda: self._waiting.take(1, 0), []):
+            job[0].future.set_exception(Draining(retry_after_s=1))
 
-    def run(self, inputs: TryOnInputs, settings: GenerationSettings, deadline: float) -> Generation:
+    def run(
+        self,
+        inputs: TryOnInputs,
+        settings: GenerationSettings,
+        deadline: float,
+        is_wanted: Callable[[], bool] = lambda: True,
+    ) -> Generation:
         """One picture; returns or raises before `deadline` (time.monotonic()).
 
+        Args:
+            inputs: its pictures.
+            settings: how it is made.
+            deadline: of this call.
+            is_wanted: asked before the work begins; False drops it.
         Raises:
-            NotReady, Draining, DeadlineExceeded, GpuFailed, GenerationFailed, Overloaded.
+            NotReady, Draining, DeadlineExceeded, GpuFailed, GenerationFailed, Overloaded, Abandoned.
         """
-        done = self._do(partial(_generate, inputs, settings), deadline)
+        kind = (settings.steps, settings.guidance, settings.width, settings.height)
+        done = self._do(_generate, (inputs, settings), kind, deadline, is_wanted)
         self._estimate_s += 0.2 * (done.worked_s - self._estimate_s)  # follows the load within some ten pictures
         return Generation(done.result, done.waited_s, done.worked_s)
 
-    def mask(self, person: Image, cloth_types: Sequence[str], deadline: float) -> Masking:
+    def mask(
+        self,
+        person: Image,
+        cloth_types: Sequence[str],
+        deadline: float,
+        is_wanted: Callable[[], bool] = lambda: True,
+    ) -> Masking:
         """The masks of one photo; returns or raises before `deadline` (time.monotonic()).
 
         Args:
             person: HWC uint8 RGB, upright.
             cloth_types: which masks.
             deadline: of this call.
+            is_wanted: as for `run`.
         Raises:
             PersonNotFound, and what `run` raises.
         """
-        done = self._do(partial(_mask, person, cloth_types), deadline)
+        done = self._do(_mask, (person, cloth_types), None, deadline, is_wanted)
         return Masking(done.result, done.waited_s, done.worked_s)
 
-    def _do(self, work: Callable[[Models], Any], deadline: float) -> _Done:
+    def _do(
+        self,
+        work: Callable[[Models, Sequence[Any]], Sequence[Any]],
+        order: object,
+        kind: Hashable | None,
+        deadline: float,
+        is_wanted: Callable[[], bool],
+    ) -> _Done:
         self._refuse_unless_ready()
-        job = _Job(work, deadline, time.monotonic(), Future())
-        try:
-            self._jobs.put_nowait(job)
-        except queue.Full as exc:
-            raise Overloaded(retry_after_s=self.retry_after_s(self._jobs.qsize())) from exc
+        job = _Job(work, order, kind, deadline, is_wanted, time.monotonic(), Future())
+        if not self._waiting.add(job):
+            raise Overloaded(retry_after_s=self.retry_after_s(len(self._waiting)))
         try:
             return job.future.result(timeout=max(0.0, deadline - time.monotonic()))
         except FutureTimeout as exc:
@@ -324,39 +300,57 @@ class Worker:
         finally:
             self._loaded.set()
         while not self._stop.is_set():
-            try:
-                job = self._jobs.get(timeout=IDLE_POLL_S)
-            except queue.Empty:
-                continue
-            self._work(models, job)
+            jobs = [job for job in self._waiting.take(self._max_batch, IDLE_POLL_S) if self._begins(job)]
+            if jobs:
+                self._finish(models, jobs, time.monotonic())
 
-    def _work(self, models: Models, job: _Job) -> None:
+    def _begins(self, job: _Job) -> bool:
+        """Whether the job is to be done; if not, its caller is told why."""
         if not job.future.set_running_or_notify_cancel():
-            return
-        began = time.monotonic()
+            return False
+        refusal: Exception | None = None
+        if time.monotonic() >= job.deadline:
+            refusal = DeadlineExceeded("the deadline passed in the queue")
+        elif self._device_failed:
+            refusal = GpuFailed("the device failed earlier")
+        elif not job.is_wanted():
+            refusal = Abandoned("the caller left")
+        if refusal is not None:
+            job.future.set_exception(refusal)
+        return refusal is None
+
+    def _finish(self, models: Models, jobs: list[_Job], began: float) -> None:
+        """Do the jobs together. Where that fails, each half for itself: one may fit, or only one is at fault."""
         try:
-            if began >= job.deadline:
-                raise DeadlineExceeded("the deadline passed in the queue")
-            if self._device_failed:
-                raise GpuFailed("the device failed earlier")
-            result = job.work(models)
+            results = jobs[0].work(models, [job.order for job in jobs])
         except Exception as exc:  # the thread outlives every job; the door answers what it does not know as internal
             self._device_failed = self._device_failed or isinstance(exc.__cause__, DeviceFailed)
-            job.future.set_exception(exc)
+            if len(jobs) > 1 and not self._device_failed:
+                half = len(jobs) // 2
+                self._finish(models, jobs[:half], time.monotonic())
+                self._finish(models, jobs[half:], time.monotonic())
+                return
+            for job in jobs:
+                job.future.set_exception(exc)
         else:
-            job.future.set_result(_Done(result, began - job.submitted, time.monotonic() - began))
+            worked_s = time.monotonic() - began
+            for job, result in zip(jobs, results):
+                job.future.set_result(_Done(result, began - job.submitted, worked_s))
 
 
-def _generate(inputs: TryOnInputs, settings: GenerationSettings, models: Models) -> Image:
+def _generate(models: Models, orders: Sequence[tuple[TryOnInputs, GenerationSettings]]) -> Sequence[Image]:
     with _in_terms_of_the_service():
-        return models.engine.generate(inputs, settings)
+        if len(orders) == 1:
+            return [models.engine.generate(*orders[0])]
+        inputs, settings = zip(*orders)
+        return models.engine.generate_batch(inputs, settings)
 
 
-def _mask(person: Image, cloth_types: Sequence[str], models: Models) -> dict[str, Image]:
+def _mask(models: Models, orders: Sequence[tuple[Image, Sequence[str]]]) -> Sequence[dict[str, Image]]:
     if models.masker is None:
         raise ValueError("there is no masker")
     with _in_terms_of_the_service():
-        return models.masker.masks(person, cloth_types)
+        return [models.masker.masks(person, cloth_types) for person, cloth_types in orders]
 
 
 @contextmanager

@@ -120,6 +120,12 @@ class Engine(Protocol):
             OutOfMemory, DeviceFailed, BadPicture, EngineError.
         """
 
+    def generate_batch(self, inputs: Sequence[TryOnInputs], settings: Sequence[GenerationSettings]) -> list[Image]:
+        """What `generate` gives for each, made at once; the settings differ in the seed alone.
+
+        A failure is that of the whole batch, whichever picture is at fault.
+        """
+
 
 class Masker(Protocol):
     """Finds in a picture of a person what a try-on repaints. Immutable after load; called by one thread at a time."""

@@ -100,6 +100,7 @@ class StandInEngine:
     def __init__(self, seconds=0.0):
         self.seconds = seconds
         self.made = []
+        self.batches = []
         self.failures = []
         self.begun = threading.Event()
         self.may_end = threading.Event()
@@ -115,6 +116,10 @@ class StandInEngine:
         picture = np.empty((settings.height, settings.width, 3), np.uint8)
         picture[:] = np.random.default_rng(settings.seed).integers(0, 256, 3)
         return picture
+
+    def generate_batch(self, inputs, settings):
+        self.batches.append(len(inputs))
+        return [self.generate(*each) for each in zip(inputs, settings)]
 
 
 class StandInMasker:

@@ -25,6 +25,7 @@ LEVEL_OF = {
     "container.storage": 3,  # it names files as `images` does
     "container.notify": 4,  # its message is of a stored object
     "model": 4,
+    "container.sharing": 1,
     "container.worker": 5,
     "container.person_masks": 6,
     "container.get_vton": 7,
@@ -45,7 +46,7 @@ ONLY_UNDER = {
     "boto3": ("container.wiring", "deploy"),
     "fastapi": ("container.vton_api", "container.server", "deploy"),
     "uvicorn": ("container.server", "deploy"),
-    "threading": ("container.worker", "container.server", "deploy"),
+    "threading": ("container.worker", "container.sharing", "container.server", "deploy"),
 }
 FORBIDDEN = {"pickle", "marshal", "shelve", "joblib"}
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,19 +36,20 @@ def inputs() -> TryOnInputs:
 
 
 class FakePipeline:
-    """Answers a call with a tensor, or fails with an exception."""
+    """Answers each call with a tensor or fails with an exception; the last of its answers stays."""
 
-    def __init__(self, answer: torch.Tensor | Exception) -> None:
-        self.answer = answer
+    def __init__(self, *answers: torch.Tensor | Exception) -> None:
+        self.answers = list(answers)
 
     def __call__(self, *_args: object, **_kwargs: object) -> SimpleNamespace:
-        if isinstance(self.answer, Exception):
-            raise self.answer
-        return SimpleNamespace(images=self.answer)
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return SimpleNamespace(images=answer)
 
 
-def generate(answer: torch.Tensor | Exception) -> np.ndarray:
-    return CatVTONEngine(FakePipeline(answer), "catvton/fake").generate(inputs(), SETTINGS)
+def generate(*answers: torch.Tensor | Exception) -> np.ndarray:
+    return CatVTONEngine(FakePipeline(*answers), "catvton/fake").generate(inputs(), SETTINGS)
 
 
 def shaded() -> torch.Tensor:
@@ -132,7 +134,37 @@ def test_out_of_memory_empties_the_cache_and_is_told_apart(monkeypatch: pytest.M
     with pytest.raises(OutOfMemory) as caught:
         generate(cause)
     assert caught.value.__cause__ is cause
+    assert emptied == [True, True]
+
+
+def test_a_picture_for_which_memory_lacked_once_is_made_with_an_empty_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    assert generate(torch.cuda.OutOfMemoryError("CUDA out of memory"), shaded()).shape == (64, 48, 3)
     assert emptied == [True]
+
+
+def test_a_batch_for_which_memory_lacks_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    pipeline = FakePipeline(torch.cuda.OutOfMemoryError("CUDA out of memory"), shaded().repeat(2, 1, 1, 1))
+    with pytest.raises(OutOfMemory):
+        CatVTONEngine(pipeline, "catvton/fake").generate_batch([inputs()] * 2, [SETTINGS] * 2)
+
+
+def test_each_picture_of_a_batch_is_that_of_its_seed_alone() -> None:
+    engine = CatVTONEngine(build_pipeline(), "catvton/mix")
+    settings = [replace(SETTINGS, seed=seed) for seed in (11, 12, 13)]
+    together = engine.generate_batch([inputs()] * 3, settings)
+    for picture, each in zip(together, settings):
+        alone = engine.generate(inputs(), each).astype(int)
+        assert np.abs(picture - alone).max() <= 1
+    assert not np.array_equal(together[0], together[1])
+
+
+def test_a_batch_of_different_settings_is_refused() -> None:
+    engine = CatVTONEngine(FakePipeline(shaded()), "catvton/fake")
+    with pytest.raises(ValueError, match="differ in the seed alone"):
+        engine.generate_batch([inputs()] * 2, [SETTINGS, replace(SETTINGS, steps=3)])
 
 
 def test_a_sticky_cuda_error_means_the_device_failed() -> None:

@@ -25,6 +25,7 @@ REFUSED = {
     "VTON_QUEUE_URL": "not a url",
     "VTON_MASK_QUEUE_URL": "not a url",
     "VTON_MASKER": "other",
+    "VTON_MAX_BATCH": "17",
     "VTON_WEIGHTS": "",
     "VTON_IMAGE_HOSTS": "https://shop.example",
     "VTON_TRUSTED_HOSTS": "shop.example",

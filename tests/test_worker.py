@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from container.errors import (
     Overloaded,
     PersonNotFound,
 )
-from container.worker import Admission, KeyLocks, Memory, Models, Worker
+from container.sharing import Admission, KeyLocks, Memory
+from container.worker import Abandoned, Models, Worker
 from model import interface
 from model.interface import BadPicture, DeviceFailed, GenerationSettings, OutOfMemory, TryOnInputs
 
@@ -28,8 +30,8 @@ def soon(seconds=5.0):
     return time.monotonic() + seconds
 
 
-def started(engine, capacity=4, masker=None):
-    worker = Worker(lambda: Models(engine, masker), lambda _models: None, capacity)
+def started(engine, capacity=4, masker=None, max_batch=1):
+    worker = Worker(lambda: Models(engine, masker), lambda _models: None, capacity, max_batch)
     worker.start()
     assert worker.wait_until_loaded(5)
     return worker
@@ -111,7 +113,7 @@ def test_more_waiting_jobs_than_places_are_refused_at_once(engine):
     running, _ = in_background(lambda: worker.run(INPUTS, SETTINGS, soon()))
     assert engine.begun.wait(5)
     waiting, _ = in_background(lambda: worker.run(INPUTS, SETTINGS, soon()))
-    until(lambda: worker._jobs.full())
+    until(lambda: len(worker._waiting) == 1)
     with pytest.raises(Overloaded):
         worker.run(INPUTS, SETTINGS, soon())
     engine.may_end.set()
@@ -154,7 +156,7 @@ def test_what_waits_when_the_worker_stops_is_told_to_come_back(worker, engine):
     running, first = in_background(lambda: worker.run(INPUTS, SETTINGS, soon()))
     assert engine.begun.wait(5)
     waiting, second = in_background(lambda: worker.run(INPUTS, SETTINGS, soon()))
-    until(lambda: not worker._jobs.empty())
+    until(lambda: len(worker._waiting) == 1)
     stopping, _ = in_background(lambda: worker.stop(5))
     time.sleep(0.05)
     engine.may_end.set()
@@ -254,3 +256,82 @@ def test_a_memory_keeps_the_latest_things():
     assert memory.recall("a") == 1
     memory.keep("c", 3)
     assert [memory.recall(key) for key in "abc"] == [1, None, 3]
+
+
+def queued(worker, engine, settings, **changes):
+    """Runs one job, lets others queue behind it, and gives what they all came to, in order."""
+    engine.may_end.clear()
+    started = [in_background(lambda: worker.run(INPUTS, SETTINGS, soon()))]
+    assert engine.begun.wait(5)
+    for place, each in enumerate(settings, 1):
+        started.append(in_background(lambda each=each: worker.run(INPUTS, each, soon(), **changes)))
+        until(lambda place=place: len(worker._waiting) == place)
+    engine.may_end.set()
+    for thread, _ in started:
+        thread.join(5)
+    return [box[0] for _, box in started]
+
+
+def test_waiting_jobs_that_differ_in_the_seed_alone_are_made_as_one_batch(engine):
+    worker = started(engine, max_batch=3)
+    settings = [replace(SETTINGS, seed=seed) for seed in (2, 3)]
+    other = replace(SETTINGS, steps=9, seed=4)
+    done = queued(worker, engine, [settings[0], other, settings[1]])
+    assert engine.batches == [2]
+    assert [made.seed for made in engine.made] == [1, 2, 3, 4]
+    alone = started(StandInEngine())
+    for generation, each in zip(done, (SETTINGS, settings[0], other, settings[1])):
+        assert np.array_equal(generation.image, alone.run(INPUTS, each, soon()).image)
+    worker.stop(5)
+    alone.stop(5)
+
+
+def test_a_batch_is_no_larger_than_its_limit_and_one_by_default(engine):
+    worker = started(engine, max_batch=2)
+    queued(worker, engine, [replace(SETTINGS, seed=seed) for seed in (2, 3, 4)])
+    assert engine.batches == [2]
+    worker.stop(5)
+    engine.batches.clear()
+    engine.begun.clear()
+    single = started(engine)
+    queued(single, engine, [SETTINGS, SETTINGS])
+    assert engine.batches == []
+    single.stop(5)
+
+
+@pytest.mark.parametrize("failure", [OutOfMemory("9 GiB"), BadPicture("NaN")])
+def test_a_batch_that_fails_is_halved_until_only_what_is_at_fault_fails(engine, failure):
+    class Full(StandInEngine):
+        def generate_batch(self, inputs, settings):
+            self.batches.append(len(inputs))
+            raise failure
+
+    engine = Full()
+    worker = started(engine, max_batch=4)
+    done = queued(worker, engine, [replace(SETTINGS, seed=seed) for seed in (2, 3, 4, 5)])
+    assert engine.batches == [4, 2, 2]
+    assert all(isinstance(each.image, np.ndarray) for each in done)
+    worker.stop(5)
+
+
+def test_a_device_that_fails_in_a_batch_fails_all_of_it_once(engine):
+    class Broken(StandInEngine):
+        def generate_batch(self, inputs, settings):
+            self.batches.append(len(inputs))
+            raise DeviceFailed("illegal memory access")
+
+    engine = Broken()
+    worker = started(engine, max_batch=4)
+    done = queued(worker, engine, [replace(SETTINGS, seed=seed) for seed in (2, 3)])
+    assert engine.batches == [2]
+    assert [type(each) for each in done[1:]] == [GpuFailed, GpuFailed]
+    assert worker.device_failed
+    worker.stop(5)
+
+
+def test_what_nobody_waits_for_any_more_is_not_begun(engine):
+    worker = started(engine)
+    done = queued(worker, engine, [SETTINGS], is_wanted=lambda: False)
+    assert isinstance(done[1], Abandoned)
+    assert len(engine.made) == 1
+    worker.stop(5)

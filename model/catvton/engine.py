@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,16 @@ from PIL import Image as PillowImage
 from model import embedded, weights
 from model.catvton.pipeline import CatVTONPipeline
 from model.device import choose_device, choose_dtype, failures_told_apart
-from model.interface import EMBEDDED, BadPicture, Engine, EngineOptions, GenerationSettings, Image, TryOnInputs
+from model.interface import (
+    EMBEDDED,
+    BadPicture,
+    Engine,
+    EngineOptions,
+    GenerationSettings,
+    Image,
+    OutOfMemory,
+    TryOnInputs,
+)
 
 
 def load(options: EngineOptions) -> Engine:
@@ -79,35 +90,60 @@ class CatVTONEngine:
         Returns:
             HWC uint8 RGB of exactly (settings.height, settings.width).
         Raises:
-            OutOfMemory: the device had too little memory; its cache has been emptied.
+            OutOfMemory: the device had too little memory, twice, the second time with an empty cache.
             DeviceFailed: CUDA reported an error that outlives this call.
             BadPicture: a pixel is not finite, or all are equal.
             EngineError: any other failure inside torch.
         """
-        size_wh = (settings.width, settings.height)
-        with failures_told_apart():
-            pixels = self._draw(inputs, settings, self._work_size_wh or size_wh)
-        picture = to_picture(pixels)
-        if self._work_size_wh in (None, size_wh):
-            return picture
-        return np.asarray(PillowImage.fromarray(picture).resize(size_wh, PillowImage.Resampling.LANCZOS))
+        return self.generate_batch([inputs], [settings])[0]
+
+    def generate_batch(self, inputs: Sequence[TryOnInputs], settings: Sequence[GenerationSettings]) -> list[Image]:
+        """What `generate` gives for each, made at once.
+
+        Args:
+            inputs: of each picture.
+            settings: of each picture; they differ in the seed alone.
+        Returns:
+            A picture for each, as `generate` returns it; on the same device it differs by rounding at most.
+        Raises:
+            ValueError: the settings differ in more than the seed.
+            OutOfMemory, DeviceFailed, BadPicture, EngineError: as of `generate`, for the whole batch.
+        """
+        if len({replace(each, seed=0) for each in settings}) != 1 or len(inputs) != len(settings):
+            raise ValueError("a batch needs settings for each picture that differ in the seed alone")
+        size_wh = (settings[0].width, settings[0].height)
+        work_size_wh = self._work_size_wh or size_wh
+        try:
+            pixels = self._draw(inputs, settings, work_size_wh)
+        except OutOfMemory:  # the cache is empty now, which may be what was missing
+            if len(inputs) > 1:
+                raise
+            pixels = self._draw(inputs, settings, work_size_wh)
+        return [_enlarged(to_picture(each), size_wh) for each in pixels]
 
     def _draw(
-        self, inputs: TryOnInputs, settings: GenerationSettings, size_wh: tuple[int, int]
-    ) -> torch.Tensor:  # (3, H, W) float32 on the CPU
-        output: Any = self._pipeline(
-            inputs.person,
-            inputs.garment,
-            inputs.mask,
-            width=size_wh[0],
-            height=size_wh[1],
-            num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance,
-            generator=torch.Generator("cpu").manual_seed(settings.seed),
-            output_type="pt",
-        )
-        pixels: torch.Tensor = output.images[0].cpu()
+        self, inputs: Sequence[TryOnInputs], settings: Sequence[GenerationSettings], size_wh: tuple[int, int]
+    ) -> torch.Tensor:  # (B, 3, H, W) float32 on the CPU
+        with failures_told_apart():
+            output: Any = self._pipeline(
+                [each.person for each in inputs],
+                [each.garment for each in inputs],
+                [each.mask for each in inputs],
+                width=size_wh[0],
+                height=size_wh[1],
+                num_inference_steps=settings[0].steps,
+                guidance_scale=settings[0].guidance,
+                generator=[torch.Generator("cpu").manual_seed(each.seed) for each in settings],
+                output_type="pt",
+            )
+            pixels: torch.Tensor = output.images.cpu()
         return pixels
+
+
+def _enlarged(picture: Image, size_wh: tuple[int, int]) -> Image:
+    if picture.shape[1::-1] == size_wh:
+        return picture
+    return np.asarray(PillowImage.fromarray(picture).resize(size_wh, PillowImage.Resampling.LANCZOS))
 
 
 def to_picture(pixels: torch.Tensor) -> Image:
