@@ -57,6 +57,7 @@ class MaskService:
             context: what the platform says about the call.
         Raises:
             TryOnError: any of the tree.
+            Abandoned: the caller left before the photo was looked at.
         """
         times = StageTimes()
         if not self._masker.available:
@@ -64,7 +65,7 @@ class MaskService:
         with self._keys.hold(f"{request.userId}/{request.timestamp}", deadline):
             stored, cache = self._stored(request), None
             if len(stored) < len(request.cloth_types):
-                made = self._make(request, deadline, times)
+                made = self._make(request, deadline, times, context)
                 stored, cache = self._store(request, made, times), made.cache
             with times.measure("notify"):
                 self._notifier.send(masks_completion(request, stored, self._storage.bucket, context))
@@ -79,12 +80,12 @@ class MaskService:
         found = {name: self._storage.find(self._key(request, name)) for name in request.cloth_types}
         return {name: same_job(one, request.job_id()) for name, one in found.items() if one is not None}
 
-    def _make(self, request: MaskRequest, deadline: float, times: StageTimes) -> PersonMasks:
+    def _make(self, request: MaskRequest, deadline: float, times: StageTimes, context: CallContext) -> PersonMasks:
         with times.measure("fetch"):
             content = self._fetcher.fetch(request.person_image_url, user_id=request.userId, deadline=deadline)
         with times.measure("decode"):
             person = decode(content)
-        return self._masker.masks(content, person, deadline, times)
+        return self._masker.masks(content, person, deadline, times, context.is_wanted)
 
     def _store(self, request: MaskRequest, made: PersonMasks, times: StageTimes) -> dict[str, StoredObject]:
         height, width = next(iter(made.masks.values())).shape

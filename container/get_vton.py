@@ -100,6 +100,7 @@ class TryOnService:
             context: what the platform says about the call.
         Raises:
             TryOnError: any of the tree.
+            Abandoned: the caller left before the picture was begun.
         """
         times = StageTimes()
         request = request.with_defaults(steps=self._defaults.steps, guidance=self._defaults.guidance)
@@ -109,11 +110,11 @@ class TryOnService:
             stored, cache = self._stored(request), None
             if stored is None:
                 contents = self._fetch(request, deadline, times)
-                pictures, cache = self._pictures(request, contents, deadline, times)
+                pictures, cache = self._pictures(request, contents, deadline, times, context)
                 with times.measure("prepare"):
                     inputs = prepare(pictures, self._defaults.join)
                 settings = _generation_settings(request)
-                result = self._generate(inputs, settings, deadline, times)
+                result = self._generate(inputs, settings, deadline, times, context)
                 image = _composite(request, pictures, inputs, result, times)
                 stored = self._store(request, image, settings.seed, times)
             with times.measure("notify"):
@@ -148,7 +149,7 @@ class TryOnService:
                     future.cancel()
 
     def _pictures(
-        self, request: TryOnRequest, contents: list[bytes], deadline: float, times: StageTimes
+        self, request: TryOnRequest, contents: list[bytes], deadline: float, times: StageTimes, context: CallContext
     ) -> tuple[Pictures, str | None]:
         """The decoded pictures, and where an automatic mask came from."""
         given = len(request.garment_urls())
@@ -157,14 +158,21 @@ class TryOnService:
             mask = None if request.mask_image_url is None else decode_mask(contents[-1])
         if mask is not None:
             return Pictures(person, garments, mask), None
-        made = self._masker.masks(contents[0], person, deadline, times)
+        made = self._masker.masks(contents[0], person, deadline, times, context.is_wanted)
         mask = made.masks[request.cloth_type]
         if not _mask_at(mask, MODEL_WIDTH, MODEL_HEIGHT).any():
             raise PersonNotFound(f"nothing to repaint for {request.cloth_type} where the model looks")
         return Pictures(person, garments, mask), made.cache
 
-    def _generate(self, inputs: TryOnInputs, settings: GenerationSettings, deadline: float, times: StageTimes) -> Image:
-        generation = self._worker.run(inputs, settings, deadline)
+    def _generate(
+        self,
+        inputs: TryOnInputs,
+        settings: GenerationSettings,
+        deadline: float,
+        times: StageTimes,
+        context: CallContext,
+    ) -> Image:
+        generation = self._worker.run(inputs, settings, deadline, context.is_wanted)
         self._metrics.generations.inc()
         times.add("queue", generation.queued_s)
         times.add("generate", generation.generated_s)

@@ -6,7 +6,7 @@ import hashlib
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Callable, Literal
 
 import numpy as np
 
@@ -75,7 +75,14 @@ class PersonMasker:
         """Whether photos can be masked at all."""
         return self._worker.masks
 
-    def masks(self, content: bytes, person: Image, deadline: float, times: StageTimes) -> PersonMasks:
+    def masks(
+        self,
+        content: bytes,
+        person: Image,
+        deadline: float,
+        times: StageTimes,
+        is_wanted: Callable[[], bool] = lambda: True,
+    ) -> PersonMasks:
         """The masks of a photo.
 
         Args:
@@ -83,6 +90,7 @@ class PersonMasker:
             person: the same, decoded: HWC uint8 RGB.
             deadline: time.monotonic() value.
             times: gets the stages "mask_queue" and "mask".
+            is_wanted: whether the caller is still there.
         Raises:
             PersonNotFound, and what `Worker.mask` raises.
         """
@@ -92,7 +100,7 @@ class PersonMasker:
             cache: Lookup = "miss" if packed is None else "hit"
             self._metrics.mask_cache.labels(cache).inc()
             if packed is None:
-                packed = self._make(person, deadline, times)
+                packed = self._make(person, deadline, times, is_wanted)
                 self._memory.keep(key, packed)
         with times.measure("mask"):
             size_wh = (person.shape[1], person.shape[0])
@@ -100,10 +108,12 @@ class PersonMasker:
                 {name: geometry.resize_mask(one.mask(), *size_wh) for name, one in packed.items()}, cache
             )
 
-    def _make(self, person: Image, deadline: float, times: StageTimes) -> dict[str, _Packed]:
+    def _make(
+        self, person: Image, deadline: float, times: StageTimes, is_wanted: Callable[[], bool]
+    ) -> dict[str, _Packed]:
         with times.measure("mask"):
             looked_at = geometry.fit_within(person, LONGEST_SIDE)
-        made = self._worker.mask(looked_at, CLOTH_TYPES, deadline)
+        made = self._worker.mask(looked_at, CLOTH_TYPES, deadline, is_wanted)
         times.add("mask_queue", made.queued_s)
         times.add("mask", made.masked_s)
         return {name: _Packed.of(mask) for name, mask in made.masks.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from typing import Any, Dict, List, Literal, Mapping, Optional, Tuple, Type, TypeVar, Union, get_args
+from typing import Any, Callable, Dict, List, Literal, Mapping, Optional, Tuple, Type, TypeVar, Union, get_args
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from pydantic import (
@@ -136,11 +136,12 @@ _Request = TypeVar("_Request", TryOnRequest, MaskRequest)
 
 @dataclass(frozen=True)
 class CallContext:
-    """What the platform says about a call, beside its body."""
+    """What the platform says about a call, beside its body; `is_wanted` turns False when the caller has left."""
 
     request_id: str
     inference_id: Optional[str] = None
     custom_attributes: Optional[str] = None
+    is_wanted: Callable[[], bool] = lambda: True
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable
+from dataclasses import replace
 from functools import partial
 from typing import Callable
 
@@ -39,10 +40,12 @@ from container.errors import (
 from container.request import AnyRequest, AnyResult, CallContext, MaskRequest, MaskResult, answer, parse
 from container.strict_json import loads
 from container.wiring import App
+from container.worker import Abandoned
 
 MAX_BODY_BYTES = 64 * 1024
 MAX_HEADERS = 100  # the platform sends about a dozen
 BODY_TIMEOUT_S = 5.0
+CALLER_LEFT = "caller_left"  # in the count of requests
 INFERENCE_ID = "X-Amzn-SageMaker-Inference-Id"
 CUSTOM_ATTRIBUTES = "X-Amzn-SageMaker-Custom-Attributes"
 INFERENCE_ID_TEXT = re.compile(r"[\x20-\x7e]{1,64}")
@@ -142,6 +145,10 @@ async def _answered(app: App, request: Request, handle: Callable[[str], Awaitabl
         level = log.info if isinstance(exc, Refusal) else log.warning
         level("request_failed", code=code, detail=str(exc), field=exc.field)
         return answer_error(exc, request_id)
+    except Abandoned:
+        code = CALLER_LEFT
+        log.info("caller_left")
+        return Response(status_code=499)  # nobody reads it
     except Exception:
         code = Internal.code
         log.exception("request_failed", code=code)
@@ -162,10 +169,21 @@ async def _invoke(app: App, request: Request, request_id: str) -> Response:
     if (error := _not_serving(app)) is not None:
         raise error
     deadline = time.monotonic() + app.settings.deadline_s
-    result = await _run_admitted(app, partial(_run, app, asked, deadline, context))
+    leaving = asyncio.create_task(_until_it_leaves(request))
+    context = replace(context, is_wanted=lambda: not leaving.done())
+    try:
+        result = await _run_admitted(app, partial(_run, app, asked, deadline, context))
+    finally:
+        leaving.cancel()
     log.info("request_done", **_summary(result), custom_attributes=context.custom_attributes)
     headers = {CUSTOM_ATTRIBUTES: context.custom_attributes} if context.custom_attributes else {}
     return JSONResponse(answer(result), headers=headers)
+
+
+async def _until_it_leaves(request: Request) -> None:
+    """Returns when the caller, whose whole body was read, closes the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _run(app: App, asked: AnyRequest, deadline: float, context: CallContext) -> AnyResult:

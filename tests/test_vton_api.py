@@ -244,6 +244,33 @@ def test_h25_a_client_that_leaves_costs_no_place(door):
     assert len(door.notifier.events) <= 1
 
 
+def test_a_client_that_leaves_while_it_waits_costs_no_picture(door):
+    door.engine.may_end.clear()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(door.ask, timestamp="first")
+        assert door.engine.begun.wait(5)
+        body = json.dumps(usual_request(timestamp="second")).encode()
+        head = b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        host, port = door.url.rpartition("/")[2].split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(head % len(body) + body)
+            wait_until(lambda: len(door.app.worker._waiting) == 1)
+        time.sleep(0.2)
+        door.engine.may_end.set()
+        assert first.result(10).status_code == 200
+    wait_until(lambda: door.app.admission.taken == 0)
+    assert len(door.engine.made) == 1
+    assert not (door.folder / "users/7/vton_result/second").exists()
+    assert 'vton_requests_total{code="caller_left"} 1.0' in requests.get(f"{door.url}/metrics", timeout=5).text
+
+
+def wait_until(condition, seconds=5.0):
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.02)
+
+
 def test_q01_one_more_than_fits_is_429_at_once_and_fetches_nothing(tmp_path):
     engine, fetcher = StandInEngine(), FakeFetcher()
     engine.may_end.clear()
