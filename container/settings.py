@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any, Dict, List, Literal, Mapping, Optional, Tuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from typing_extensions import Annotated
 
 from model.interface import EMBEDDED
@@ -57,6 +57,7 @@ class Settings(BaseModel):
         trusted_hosts: "host:port" that may be private and plain http. For local work only.
         docs: serve the OpenAPI pages.
         port: where to listen.
+        log_salt: secret with which user ids are hashed for the log; the same on all instances of an endpoint.
         log_level: the least severe level that is logged.
     """
 
@@ -84,6 +85,7 @@ class Settings(BaseModel):
     trusted_hosts: Tuple[str, ...] = ()
     docs: bool = False
     port: Port = DEFAULT_PORT
+    log_salt: Optional[SecretStr] = Field(default=None, min_length=16)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
 
     @field_validator("image_hosts", "trusted_hosts", mode="before")

@@ -5,8 +5,11 @@ One line per event, an event name and fields, never a sentence with values in it
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import logging
 import re
+import secrets
 import sys
 import time
 import warnings
@@ -78,6 +81,21 @@ def _redacted(value: object) -> object:
         return text
     half = (MAX_FIELD_CHARACTERS - len(CUT)) // 2
     return text[:half] + CUT + text[-half:]  # a traceback names its error at the end
+
+
+class Pseudonyms:
+    """Names for users in logs: the same for one user wherever the salt is the same, and no way back to the id.
+
+    Args:
+        salt: secret; without one it is random, and the names end with the process.
+    """
+
+    def __init__(self, salt: str | None) -> None:
+        self._key = secrets.token_bytes(32) if salt is None else salt.encode()
+
+    def of(self, user_id: str) -> str:
+        """16 hex digits."""
+        return hmac.new(self._key, user_id.encode(), hashlib.sha256).hexdigest()[:16]
 
 
 class StageTimes:

@@ -166,6 +166,7 @@ async def _invoke(app: App, request: Request, request_id: str) -> Response:
     body = await read_body(request, MAX_BODY_BYTES, BODY_TIMEOUT_S)
     context = _context(request, request_id)
     asked = parse(loads(body))
+    structlog.contextvars.bind_contextvars(user=app.pseudonyms.of(asked.userId))
     if (error := _not_serving(app)) is not None:
         raise error
     deadline = time.monotonic() + app.settings.deadline_s

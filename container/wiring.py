@@ -25,7 +25,7 @@ from container.person_masks import PersonMasker
 from container.settings import Settings, SettingsError
 from container.sharing import Admission
 from container.storage import LocalStorage, S3Storage, Storage
-from container.telemetry import Metrics
+from container.telemetry import Metrics, Pseudonyms
 from container.worker import Models, Worker
 from model import ENGINES, choose_masker, load_engine, load_masker
 from model.interface import EngineOptions, GenerationSettings, MaskerOptions, PersonNotFound, TryOnInputs
@@ -57,6 +57,7 @@ class App:
     admission: Admission
     metrics: Metrics
     request_pool: Executor
+    pseudonyms: Pseudonyms
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ def assemble(settings: Settings, ports: Ports, load: Callable[[], Models], warm_
         metrics=metrics,
     )
     pool = ThreadPoolExecutor(settings.max_in_flight, "request")
-    return App(settings, service, masks, masker, worker, admission, metrics, pool)
+    salt = settings.log_salt.get_secret_value() if settings.log_salt is not None else None
+    return App(settings, service, masks, masker, worker, admission, metrics, pool, Pseudonyms(salt))
 
 
 def https_fetcher(settings: Settings) -> Fetcher:

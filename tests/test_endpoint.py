@@ -203,3 +203,6 @@ def test_every_line_of_the_log_is_json_without_user_ids_or_queries(endpoint):
     assert lines
     assert all(isinstance(json.loads(line), dict) for line in lines)
     assert "secret-user" not in endpoint.log.read_text()
+    users = [json.loads(line)["user"] for line in lines if json.loads(line)["event"] == "request_done"]
+    assert users
+    assert all(len(user) == 16 for user in users)

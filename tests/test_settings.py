@@ -26,6 +26,7 @@ REFUSED = {
     "VTON_MASK_QUEUE_URL": "not a url",
     "VTON_MASKER": "other",
     "VTON_MAX_BATCH": "17",
+    "VTON_LOG_SALT": "too short",
     "VTON_WEIGHTS": "",
     "VTON_IMAGE_HOSTS": "https://shop.example",
     "VTON_TRUSTED_HOSTS": "shop.example",

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import time
 import warnings
 
@@ -11,7 +12,14 @@ import structlog
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from container.telemetry import MAX_FIELD_CHARACTERS, Metrics, StageTimes, configure_logging, redact
+from container.telemetry import (
+    MAX_FIELD_CHARACTERS,
+    Metrics,
+    Pseudonyms,
+    StageTimes,
+    configure_logging,
+    redact,
+)
 
 SIGNED = "https://bucket.s3.amazonaws.com/users/7/row.jpg?X-Amz-Signature=5ecret&X-Amz-Expires=60"
 
@@ -250,3 +258,12 @@ def test_two_sets_of_metrics_share_nothing():
 
 def test_every_metric_is_named_for_its_noun():
     assert all(family.name.startswith("vton_") for family in Metrics().registry.collect())
+
+
+def test_a_user_has_one_pseudonym_per_salt_and_another_in_every_process_without_one():
+    salted = Pseudonyms("sixteen characters")
+    assert salted.of("7") == Pseudonyms("sixteen characters").of("7")
+    assert salted.of("7") != salted.of("8")
+    assert re.fullmatch("[0-9a-f]{16}", salted.of("7"))
+    assert Pseudonyms(None).of("7") != Pseudonyms(None).of("7")
+    assert Pseudonyms("another salt, long").of("7") != salted.of("7")
