@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import NoReturn
+from typing import Callable, NoReturn, TypeVar
 
 import click
 import numpy as np
@@ -20,12 +22,23 @@ from container.errors import ImageNotDecodable, ImageNotFound, ImageTooLarge, Tr
 from container.fetch import MAX_BYTES, Fetcher
 from container.get_vton import Pictures, prepare
 from container.images import FILE_OF, decode, decode_mask
-from container.request import CallContext, TryOnRequest, TryOnResult, parse
+from container.request import (
+    CallContext,
+    MaskResult,
+    TryOnRequest,
+    TryOnResult,
+    answer,
+    parse_masks,
+    parse_try_on,
+)
 from container.settings import Settings, SettingsError
-from container.telemetry import configure_logging
+from container.telemetry import StageTimes, configure_logging
 from container.train_cli import train
 from container.wiring import App, build, https_fetcher
 from model import geometry, weights
+from model.interface import Image
+
+_Result = TypeVar("_Result", TryOnResult, MaskResult)
 
 OUTPUT_DIR = Path("vton_output")
 EXIT_SETTINGS = 78  # sysexits: configuration
@@ -86,7 +99,7 @@ def main() -> None:
 @click.option("--upper", help="Path or URL of the top.")
 @click.option("--lower", help="Path or URL of the bottom.")
 @click.option("--overall", help="Path or URL of a dress or other full garment.")
-@click.option("--mask", help="Path or URL of the mask: white is repainted.")
+@click.option("--mask", help="Path or URL of the mask: white is repainted. Without it one is made.")
 @click.option("--cloth-type", default="overall", show_default=True, help="upper, lower, overall, inner or outer.")
 @click.option("--steps", type=int, help="Denoising steps, 1-100.")
 @click.option("--guidance", type=float, help="Guidance scale, 1-10.")
@@ -102,28 +115,42 @@ def main() -> None:
 def run(output: Path | None, force: bool, side_by_side: bool, timestamp: str | None, **options: object) -> None:
     """Dress a person. Settings come from VTON_ variables, as for the endpoint."""
     timestamp = timestamp or datetime.now().astimezone().strftime("%y%m%d-%H%M%S")
-    try:
+    with _local_service() as (app, fetcher, kept):
         request = _request(timestamp, **options)
         suffix, _ = FILE_OF[request.output_format]
         output = output or OUTPUT_DIR / f"result-{timestamp}.{suffix}"
         _refuse_to_overwrite(output, force)
-        with tempfile.TemporaryDirectory() as kept:
-            settings = Settings.from_env(os.environ).model_copy(update={"bucket": None, "output_dir": Path(kept)})
-            configure_logging("WARNING")
-            fetcher = PathsAndUrls(https_fetcher(settings))
-            app = build(settings, fetcher=fetcher, progress=sys.stderr.isatty())
-            result = _run(app, request)
-            _write(output, (Path(kept) / result.object_key).read_bytes())
-        click.echo(json.dumps({**asdict(result), "path": str(output)}, indent=2))
+        result = _run(app, lambda deadline, context: app.service.run(request, deadline, context))
+        _write(output, (kept / result.object_key).read_bytes())
+        click.echo(json.dumps({**answer(result), "path": str(output)}, indent=2))
         if side_by_side:
             strip = output.with_name(f"{output.stem}-side-by-side.png")
-            _write_strip(strip, fetcher, request, output)
+            _write_strip(strip, app, fetcher, request, output)
             click.echo(f"side by side: {strip}", err=True)
-    except TryOnError as exc:
-        code = EXIT_OF_CODE.get(exc.code, EXIT_RETRY)
-        _end(code, f"{exc.code}: {exc.public}" + (f" ({exc.field})" if exc.field else ""))
-    except (SettingsError, weights.WeightsError) as exc:
-        _end(EXIT_SETTINGS, str(exc))
+
+
+@main.command()
+@click.argument("photo")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder; by default one in ./vton_output.")
+@click.option("--force", is_flag=True, help="Write into a folder that is there.")
+def mask(photo: str, output: Path | None, force: bool) -> None:
+    """Write the five masks of a PHOTO (a path or URL), and a sheet that shows them on it."""
+    output = output or OUTPUT_DIR / f"masks-{Path(photo.partition('?')[0]).stem}"
+    if output.exists() and not (force and output.is_dir()):
+        _end(EXIT_OUTPUT, f"{output} exists; --force writes into a folder")
+    with _local_service() as (app, fetcher, kept):
+        request = parse_masks({"userId": "local", "timestamp": "masks", "person_image_url": photo})
+        result = _run(app, lambda deadline, context: app.masks.run(request, deadline, context))
+        masks = {name: (kept / key).read_bytes() for name, key in result.object_keys.items()}
+    for name, content in masks.items():
+        _write(output / f"{name}.png", content)
+    person = decode(fetcher.seen[photo])
+    shown = [geometry.tinted(person, decode_mask(content)) for content in masks.values()]
+    _save(output / "sheet.png", geometry.side_by_side([person, *shown]))
+    told = {name: str(output / f"{name}.png") for name in masks}
+    click.echo(
+        json.dumps({"masks": told, "sheet": str(output / "sheet.png"), "timings_ms": result.timings_ms}, indent=2)
+    )
 
 
 @main.command()
@@ -150,19 +177,20 @@ main.add_command(train)
 
 @main.group("weights")
 def weights_group() -> None:
-    """The published weights: list, download, verify."""
+    """The published weights: list, download, convert, verify."""
 
 
 _DIRECTORY = click.option(
     "--dir", "directory", type=click.Path(path_type=Path), default=Path("weights"), show_default=True
 )
 _VARIANT = click.option("--variant", default="mix", show_default=True, help="mix, vitonhd or dresscode.")
+_MASKER = ("masker", "schp")  # engine and variant, as the manifest has them
 
 
 @weights_group.command("list")
 @_DIRECTORY
 def weights_list(directory: Path) -> None:
-    """Every file that an engine needs, and what of it is here."""
+    """Every file that an engine or the masker needs, and what of it is here."""
     for line in weights.listing(directory):
         here = "here" if line.present else "-"
         size = "?" if line.bytes is None else f"{line.bytes:,}"
@@ -172,13 +200,27 @@ def weights_list(directory: Path) -> None:
 @weights_group.command("download")
 @_DIRECTORY
 @_VARIANT
-def weights_download(directory: Path, variant: str) -> None:
-    """Fetch the published files and record their hashes."""
+@click.option("--without-masker", is_flag=True, help="Leave out the masker's files.")
+def weights_download(directory: Path, variant: str, without_masker: bool) -> None:
+    """Fetch the published files, convert the masker's pickles, and record the hashes."""
     for repository in weights.manifest():
         click.echo(f"{repository.repo_id}: {repository.licence}. {repository.notice}", err=True)
     try:
         weights.download(directory, "catvton", variant)
+        if not without_masker:
+            weights.download(directory, *_MASKER)
+            _convert(directory)
     except (weights.WeightsError, ValueError) as exc:
+        _end(EXIT_SETTINGS, str(exc))
+
+
+@weights_group.command("convert")
+@_DIRECTORY
+def weights_convert(directory: Path) -> None:
+    """Make safetensors of the masker's published pickles, running no code of theirs."""
+    try:
+        _convert(directory)
+    except weights.WeightsError as exc:
         _end(EXIT_SETTINGS, str(exc))
 
 
@@ -188,13 +230,29 @@ def weights_download(directory: Path, variant: str) -> None:
 def weights_verify(directory: Path, variant: str) -> None:
     """Compare the files with their recorded hashes."""
     try:
-        verification = weights.verify(directory, "catvton", variant)
+        click.echo(_found(weights.verify(directory, "catvton", variant)))
+        masker = [line.present for line in weights.listing(directory) if "/".join(_MASKER) in line.parts]
+        found = _found(weights.verify(directory, *_MASKER)) if any(masker) else "not here"
+        click.echo(f"masker: {found}")
     except (weights.WeightsError, ValueError) as exc:
         _end(EXIT_SETTINGS, str(exc))
+
+
+def _convert(directory: Path) -> None:
+    from model.maskers.conversion import convert  # loads torch
+    from model.maskers.published import PUBLISHED, twin_of
+
+    written = convert(directory)
+    weights.record_made(directory, written)
+    for twin in (twin_of(directory / name) for name in PUBLISHED):
+        click.echo(f"{twin}: {'written' if twin in written else 'was there'}")
+
+
+def _found(verification: weights.Verification) -> str:
     how = (
         "match their record" if verification.verified else "are recorded now" if verification.recorded else "are there"
     )
-    click.echo(f"{verification.files} files, {verification.bytes:,} bytes: all {how}")
+    return f"{verification.files} files, {verification.bytes:,} bytes: all {how}"
 
 
 def _request(timestamp: str, **options: object) -> TryOnRequest:
@@ -210,10 +268,26 @@ def _request(timestamp: str, **options: object) -> TryOnRequest:
         "timestamp": timestamp,
     }
     same_name = ("cloth_type", "seed", "composite", "output_size", "output_format")
-    return parse({**fields, **{name: options[name] for name in same_name}})
+    return parse_try_on({**fields, **{name: options[name] for name in same_name}})
 
 
-def _run(app: App, request: TryOnRequest) -> TryOnResult:
+@contextmanager
+def _local_service() -> Iterator[tuple[App, PathsAndUrls, Path]]:
+    """A service whose results lie in a folder that goes with the block; its errors end the command."""
+    try:
+        with tempfile.TemporaryDirectory() as kept:
+            settings = Settings.from_env(os.environ).model_copy(update={"bucket": None, "output_dir": Path(kept)})
+            configure_logging("WARNING")
+            fetcher = PathsAndUrls(https_fetcher(settings))
+            yield build(settings, fetcher=fetcher, progress=sys.stderr.isatty()), fetcher, Path(kept)
+    except TryOnError as exc:
+        code = EXIT_OF_CODE.get(exc.code, EXIT_RETRY)
+        _end(code, f"{exc.code}: {exc.public}" + (f" ({exc.field})" if exc.field else ""))
+    except (SettingsError, weights.WeightsError) as exc:
+        _end(EXIT_SETTINGS, str(exc))
+
+
+def _run(app: App, work: Callable[[float, CallContext], _Result]) -> _Result:
     app.worker.start()
     ends = time.monotonic() + LOAD_LIMIT_S
     while not app.worker.wait_until_loaded(POLL_S) and time.monotonic() < ends:
@@ -221,7 +295,7 @@ def _run(app: App, request: TryOnRequest) -> TryOnResult:
     if app.worker.failure is not None:
         raise SettingsError(str(app.worker.failure)) from app.worker.failure
     deadline = time.monotonic() + LOAD_LIMIT_S  # the one who waits here can stop by hand
-    return app.service.run(request, deadline, CallContext(request_id=request.timestamp))
+    return work(deadline, CallContext(request_id="local"))
 
 
 def _read(path: Path) -> bytes:
@@ -248,16 +322,22 @@ def _write(path: Path, content: bytes) -> None:
         _end(EXIT_OUTPUT, f"{path} cannot be written: {exc.strerror}")
 
 
-def _write_strip(path: Path, fetcher: PathsAndUrls, request: TryOnRequest, result: Path) -> None:
-    seen = fetcher.seen
-    garments = [decode(seen[url]) for url in request.garment_urls()]
-    pictures = Pictures(
-        decode(seen[request.person_image_url]), garments, decode_mask(seen[str(request.mask_image_url)])
-    )
-    inputs = prepare(pictures, "clean")
+def _write_strip(path: Path, app: App, fetcher: PathsAndUrls, request: TryOnRequest, result: Path) -> None:
+    photo = fetcher.seen[request.person_image_url]
+    person, garments = decode(photo), [decode(fetcher.seen[url]) for url in request.garment_urls()]
+    if request.mask_image_url is not None:
+        drawn = decode_mask(fetcher.seen[request.mask_image_url])
+    else:  # remembered
+        drawn = app.masker.masks(photo, person, time.monotonic() + LOAD_LIMIT_S, StageTimes()).masks[request.cloth_type]
+    inputs = prepare(Pictures(person, garments, drawn), "clean")
     shown = [inputs.person, geometry.masked_person(inputs.person, inputs.mask), inputs.garment]
-    strip = geometry.side_by_side([*shown, np.asarray(Pillow.open(result).convert("RGB"))])
-    Pillow.fromarray(strip).save(path)
+    _save(path, geometry.side_by_side([*shown, np.asarray(Pillow.open(result).convert("RGB"))]))
+
+
+def _save(path: Path, picture: Image) -> None:
+    file = io.BytesIO()
+    Pillow.fromarray(picture).save(file, "PNG")
+    _write(path, file.getvalue())
 
 
 def _end(status: int, sentence: str) -> NoReturn:

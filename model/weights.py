@@ -1,8 +1,9 @@
 """Published weights: what they are, how they are fetched, and the proof that they are intact.
 
-Only JSON and safetensors are read here, never a pickle. `vton-weights.json` in a directory of weights holds the hash of
-every file as it was fetched or first seen; from then on that record is the authority, so that own weights are as good
-as published ones. The manifest decides only what a download may bring.
+Only JSON and safetensors are read here, never a pickle: where one is published, what counts is the safetensors that was
+made of it. `vton-weights.json` in a directory of weights holds the hash of every file as it was fetched or first seen;
+from then on that record is the authority, so that own weights are as good as published ones. The manifest decides only
+what a download may bring.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, Optional
 
 from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, TypeAdapter
@@ -56,13 +57,15 @@ class _Strict:
 class WeightFile(_Strict):
     """One published file at `path` in its repository; size and hash are None where unknown until first fetched.
 
-    `parts` are the "engine/variant" names that need it.
+    `parts` are the "engine/variant" names that need it. `converted`: it is a pickle, and what they read is the
+    safetensors that was made of it, in the same folder under the same stem.
     """
 
     path: Inside
     bytes: MaybeSize
     sha256: MaybeSha256
     parts: tuple[Part, ...]
+    converted: bool = False
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,8 @@ def files_for(engine: str, variant: str) -> list[tuple[Repository, WeightFile]]:
 def download(weights_dir: Path, engine: str, variant: str) -> None:
     """Fetch the files that are not there yet, compare them with the manifest and record them.
 
-    A file that the record proves intact is not fetched again; a damaged or unrecorded one is replaced.
+    A file that the record proves intact is not fetched again; a damaged or unrecorded one is replaced. Where what was
+    made of a file is there, it stands for that file; it is deleted when that is fetched anew, for it must be made anew.
 
     Raises:
         WeightsError: the hub cannot be reached or refuses, it sent something else than the manifest names, or recorded
@@ -204,6 +208,15 @@ def verify(weights_dir: Path, engine: str, variant: str) -> Verification:
     return Verification(len(names), total, recorded=recorded, verified=not fresh)
 
 
+def record_made(weights_dir: Path, files: Sequence[Path]) -> None:
+    """Put files below the directory into its record as they are, whatever it says of them so far.
+
+    Raises:
+        WeightsError: a file or the record is unreadable.
+    """
+    _remember(weights_dir, _read_record(weights_dir), [file.relative_to(weights_dir).as_posix() for file in files])
+
+
 def listing(weights_dir: Path) -> list[Listed]:
     """Every file of the manifest and where it stands in a directory, which need not exist.
 
@@ -214,8 +227,10 @@ def listing(weights_dir: Path) -> list[Listed]:
     lines = []
     for repository in manifest():
         for file in repository.files:
-            present = [name for name in _names(repository, file) if _exists(weights_dir / name)]
-            name = present[0] if present else f"{repository.folder}/{file.path}"
+            published = f"{repository.folder}/{file.path}"
+            names = [*_names(repository, file), published]
+            present = [name for name in names if _exists(weights_dir / name)]
+            name = present[0] if present else published
             entry = record.files.get(name)
             size, known = entry.bytes if entry else file.bytes, file.sha256 is not None
             lines.append(Listed(name, file.parts, size, known, entry is not None, bool(present), repository.licence))
@@ -223,11 +238,13 @@ def listing(weights_dir: Path) -> list[Listed]:
 
 
 def _is_intact(weights_dir: Path, repository: Repository, file: WeightFile, record: _Record) -> bool:
-    name = f"{repository.folder}/{file.path}"
+    published, made = f"{repository.folder}/{file.path}", _names(repository, file)[0]
+    name = made if _exists(weights_dir / made) else published
     path, recorded = weights_dir / name, record.files.get(name)
     if recorded is None or not path.is_file() or path.stat().st_size != recorded.bytes or _entry(path) != recorded:
         return False
-    _compare(path, file, recorded, "move it away to have the published one")  # own weights are not overwritten
+    if name == published:
+        _compare(path, file, recorded, "move it away to have the published one")  # own weights are not overwritten
     return True
 
 
@@ -269,6 +286,8 @@ def _accept(weights_dir: Path, repository: Repository, file: WeightFile) -> _Ent
     except WeightsError:
         path.unlink()  # or the next start would record it as own weights
         raise
+    if file.converted:
+        (weights_dir / _names(repository, file)[0]).unlink(missing_ok=True)
     return entry
 
 
@@ -284,7 +303,10 @@ def _remember(weights_dir: Path, record: _Record, names: Sequence[str]) -> bool:
 
 
 def _names(repository: Repository, file: WeightFile) -> list[str]:
+    """Where a file that is read may lie; the first is its own place."""
     name = f"{repository.folder}/{file.path}"
+    if file.converted:
+        return [PurePosixPath(name).with_suffix(".safetensors").as_posix()]
     head, _, tail = name.rpartition("/")
     return [name, *(f"{head}/{twin}" for twin in TWINS if tail in TWINS and twin != tail)]
 
@@ -293,7 +315,8 @@ def _find(weights_dir: Path, repository: Repository, file: WeightFile) -> list[s
     names = _names(repository, file)
     found = [name for name in names if _exists(weights_dir / name)]
     if not found:
-        raise WeightsError(f"{weights_dir / names[0]} is missing; get it with `vton weights download`")
+        verb = "convert" if _exists(weights_dir / repository.folder / file.path) else "download"
+        raise WeightsError(f"{weights_dir / names[0]} is missing; get it with `vton weights {verb}`")
     return found  # both twins where both are there: the engine may read either
 
 

@@ -10,13 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import structlog
+import torch
 from catvton_recipe import write_published_layout
 from PIL import Image as Pillow
-from stand_in import box_mask, noise, usual_files
+from safetensors.torch import save_file
+from stand_in import box_mask, noise, png, usual_files
 
 from container.cli import EXIT_OF_CODE, EXIT_OUTPUT, EXIT_RETRY, EXIT_SETTINGS, main
 from container.errors import Outage, Refusal
-from model import geometry
+from container.request import CLOTH_TYPES
+from model import geometry, load_masker, weights
+from model.embedded import demo_pictures
+from model.interface import MaskerOptions
+from model.maskers.published import LIP, PUBLISHED, twin_of
 
 REST_DOOR_ONLY = {"unauthorized", "forbidden", "not_found", "method_not_allowed", "job_conflict"}
 HTTP_ONLY = {"invalid_json", "request_too_large", "unsupported_content_type", "request_timeout"}
@@ -167,11 +173,54 @@ def test_weights_are_verified_and_a_flipped_byte_is_named(run, tmp_path):
     assert "mix-48k-1024/attention/model.safetensors" in only_line(result)
 
 
+def test_the_maskers_weights_are_verified_where_they_are_there(run, tmp_path):
+    write_published_layout(tmp_path)
+    assert run("weights", "verify", f"--dir={tmp_path}").stdout.splitlines()[-1] == "masker: not here"
+    for name in PUBLISHED:
+        twin = twin_of(tmp_path / name)
+        twin.parent.mkdir(exist_ok=True)
+        save_file({"x": torch.zeros(1)}, twin)
+    assert run("weights", "verify", f"--dir={tmp_path}").stdout.splitlines()[-1].endswith("all are recorded now")
+    assert run("weights", "verify", f"--dir={tmp_path}").stdout.splitlines()[-1].endswith("all match their record")
+    save_file({"x": torch.ones(1)}, twin)
+    result = run("weights", "verify", f"--dir={tmp_path}")
+    assert result.exit_code == EXIT_SETTINGS
+    assert str(twin) in only_line(result)
+
+
+def test_maskers_weights_that_wait_for_their_conversion_are_one_line(run, tmp_path):
+    write_published_layout(tmp_path)
+    pickle = tmp_path / LIP
+    pickle.parent.mkdir()
+    pickle.write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
+    result = run("weights", "verify", f"--dir={tmp_path}")
+    assert result.exit_code == EXIT_SETTINGS
+    assert only_line(result).endswith("get it with `vton weights convert`")
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [((), [("catvton", "mix"), ("masker", "schp")]), (("--without-masker",), [("catvton", "mix")])],
+)
+def test_a_download_brings_the_engines_files_and_then_converts_the_maskers(run, tmp_path, monkeypatch, options, parts):
+    brought = []
+    monkeypatch.setattr(weights, "download", lambda directory, *part: brought.append(part))
+    for name in PUBLISHED:
+        twin = twin_of(tmp_path / name)
+        twin.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"x": torch.zeros(1)}, twin)
+    result = run("weights", "download", f"--dir={tmp_path}", *options)
+    assert result.exit_code == 0
+    assert brought == parts
+    assert len(result.stdout.splitlines()) == (0 if options else 3)
+
+
 def test_weights_are_listed_with_their_licence(run, tmp_path):
     result = run("weights", "list", f"--dir={tmp_path}")
     assert result.exit_code == 0
     assert "CC BY-NC-SA 4.0" in result.stdout
     assert "mix-48k-1024/attention/model.safetensors" in result.stdout
+    assert sum("[masker/schp]" in line for line in result.stdout.splitlines()) == 3
 
 
 def test_weights_that_cannot_be_downloaded_are_one_sentence(tmp_path):
@@ -188,8 +237,49 @@ def test_weights_that_cannot_be_downloaded_are_one_sentence(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["serve"], ["demo"], ["weights"], ["weights", "download"]])
+WEIGHTS = [["weights"], *(["weights", name] for name in ("list", "download", "convert", "verify"))]
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["serve"], ["demo"], *WEIGHTS])
 def test_every_command_explains_itself(run, command):
     result = run(*command, "--help")
     assert result.exit_code == 0
     assert "Usage:" in result.stdout
+
+
+def test_mask_writes_five_masks_and_a_sheet(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photo = demo_pictures(size_wh=(192, 256))["person"]
+    Path("me.png").write_bytes(png(photo))
+    done = run("mask", "me.png", "-o", "out")
+    assert done.exit_code == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert list(told["masks"]) == list(CLOTH_TYPES)
+    expected = load_masker("embedded", MaskerOptions()).masks(photo, CLOTH_TYPES)
+    for name, path in told["masks"].items():
+        assert np.array_equal(np.asarray(Pillow.open(path)), expected[name])
+    assert Pillow.open(told["sheet"]).height > 0
+    assert run("mask", "me.png", "-o", "out").exit_code == 73
+    assert run("mask", "me.png", "-o", "out", "--force").exit_code == 0
+
+
+def test_mask_ends_with_the_code_of_what_is_wrong(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("nobody.png").write_bytes(png(np.full((256, 192, 3), 128, np.uint8)))
+    for photo, code, exit_code in (("nobody.png", "person_not_found", 65), ("gone.png", "image_not_found", 66)):
+        done = run("mask", photo)
+        assert (done.exit_code, done.stderr.partition(":")[0]) == (exit_code, code)
+    assert not Path("vton_output").exists()
+    monkeypatch.setenv("VTON_MASKER", "off")
+    assert run("mask", "nobody.png").exit_code == 64
+
+
+def test_run_without_a_mask_makes_one(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, picture in demo_pictures(size_wh=(192, 256)).items():
+        Path(f"{name}.png").write_bytes(png(picture))
+    paths = [f"--{role}={role}.png" for role in ("person", "upper", "lower")]
+    done = run("run", *paths, "--steps=1", "--side-by-side")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["mask_source"] == "auto"
+    assert len(list(Path("vton_output").iterdir())) == 2

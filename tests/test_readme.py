@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 import requests
 from catvton_recipe import write_published_layout
-from stand_in import usual_files
+from stand_in import png, usual_files
 
 from container.cli import EXIT_OF_CODE
 from container.errors import Outage, Refusal
-from container.request import TryOnRequest
+from container.request import CLOTH_TYPES, MaskRequest, TryOnRequest
 from container.settings import PREFIX, Settings
 from deploy.demo import FAKE_KEYS, free_port
+from model.embedded import demo_pictures
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text()
@@ -67,6 +68,7 @@ def test_every_other_command_is_run_below():
     assert [shlex.split(command)[:3] for command in others] == [
         ["vton", "serve"],
         ["vton", "run", "--person"],
+        ["vton", "mask", "person.png"],
         ["vton", "weights", "list"],
         ["vton", "weights", "download"],
         ["vton", "weights", "verify"],
@@ -85,6 +87,14 @@ def test_vton_run_leaves_a_picture_and_its_strip(tmp_path):
     assert done.returncode == 0, done.stderr
     assert sorted(path.suffix for path in (tmp_path / "vton_output").iterdir()) == [".jpg", ".png"]
     assert len(done.stderr.splitlines()) == 1  # where the strip is, and no library's warnings
+
+
+def test_vton_mask_leaves_five_masks_and_a_sheet(tmp_path):
+    (tmp_path / "person.png").write_bytes(png(demo_pictures(size_wh=(192, 256))["person"]))
+    done = run(command("vton mask"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    names = {path.name for path in (tmp_path / "vton_output" / "masks-person").iterdir()}
+    assert names == {f"{name}.png" for name in (*CLOTH_TYPES, "sheet")}
 
 
 def test_vton_serve_becomes_ready_and_stops(tmp_path):
@@ -148,7 +158,7 @@ def test_the_table_of_settings_is_the_settings():
     assert [row[0] for row in rows] == [PREFIX + name.upper() for name in Settings.model_fields]
     for name, default, *_ in rows:
         value = Settings.model_fields[name[len(PREFIX) :].lower()].default
-        written = {None: "", (): "", True: "true", False: "false"}.get(value, str(value))
+        written = "" if value in (None, ()) else str(value).lower() if isinstance(value, bool) else str(value)
         assert default == written, name
 
 
@@ -165,6 +175,8 @@ def test_the_table_of_errors_is_the_tree():
 def test_the_table_of_fields_is_the_request():
     names = {name for row in table_rows("### Request") for name in re.findall(r"\w+", row[0])}
     assert names == set(TryOnRequest.model_fields)
+    names = {name for row in table_rows("### Masks") for name in re.findall(r"\w+", row[0])}
+    assert names == set(MaskRequest.model_fields)
 
 
 def test_the_table_of_exits_is_the_command_lines():

@@ -26,6 +26,9 @@ UNET = "base/unet/diffusion_pytorch_model.fp16.safetensors"
 CONFIG = "base/unet/config.json"
 ATTENTION = "own/mix/attention/model.safetensors"
 FILES = (CONFIG, UNET, ATTENTION)
+PICKLE = "own/SCHP/parser.pth"
+TWIN = "own/SCHP/parser.safetensors"
+MASKER = ("masker", "schp")
 
 
 def tensors(fill: int, size: int = 64) -> bytes:
@@ -49,7 +52,10 @@ def tiny_manifest() -> dict:
         {"path": "unet/config.json", **unknown, "parts": ["catvton/mix"]},
         {"path": "unet/diffusion_pytorch_model.fp16.safetensors", **unet, "parts": ["catvton/mix", "catvton/other"]},
     ]
-    own = [{"path": "mix/attention/model.safetensors", **unknown, "parts": ["catvton/mix"]}]
+    own = [
+        {"path": "mix/attention/model.safetensors", **unknown, "parts": ["catvton/mix"]},
+        {"path": "SCHP/parser.pth", **unknown, "parts": ["masker/schp"], "converted": True},
+    ]
     return {
         "version": 1,
         "repositories": [
@@ -132,7 +138,8 @@ def hub() -> Hub:
     base = {"unet/config.json": CONTENT[CONFIG], "text_encoder/model.safetensors": tensors(9)}
     base["unet/diffusion_pytorch_model.fp16.safetensors"] = CONTENT[UNET]
     base["unet/diffusion_pytorch_model.bin"] = b"pickle"
-    return Hub({"some/base": base, "some/own": {"mix/attention/model.safetensors": CONTENT[ATTENTION]}})
+    own = {"mix/attention/model.safetensors": CONTENT[ATTENTION], "SCHP/parser.pth": b"pickle"}
+    return Hub({"some/base": base, "some/own": own})
 
 
 @pytest.fixture
@@ -171,18 +178,19 @@ from pathlib import Path
 from model import weights
 weights.MANIFEST = Path(sys.argv[1])
 try:
-    weights.download(Path(sys.argv[2]), "catvton", "mix")
+    weights.download(Path(sys.argv[2]), *sys.argv[3:])
 except weights.WeightsError as exc:
     print(exc)
     sys.exit(3)
 """
 
 
-def fetch(endpoint: str, small: Path, folder: Path, **environ: str) -> str:
+def fetch(endpoint: str, small: Path, folder: Path, *part: str, **environ: str) -> str:
     """Download in a process of its own, where HF_ENDPOINT is read; returns the error's text, "" where it succeeded."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()}
     kept.update(HF_ENDPOINT=endpoint, HF_HOME=str(small.parent / "home"), PYTHONPATH=str(ROOT), **environ)
-    command = [sys.executable, "-W", "error", "-c", PROGRAM, str(small), str(folder)]
+    part = part or ("catvton", "mix")
+    command = [sys.executable, "-W", "error", "-c", PROGRAM, str(small), str(folder), *part]
     done = subprocess.run(command, env=kept, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode in (0, 3), done.stderr
     return done.stdout.strip()
@@ -458,9 +466,88 @@ def test_a_directory_in_place_of_the_record_is_named(folder):
 
 def test_verify_imports_no_hub_client(folder, small):
     program = PROGRAM.replace("weights.download(", "weights.verify(") + "assert 'huggingface_hub' not in sys.modules\n"
-    command = [sys.executable, "-W", "error", "-c", program, str(small), str(folder)]
+    command = [sys.executable, "-W", "error", "-c", program, str(small), str(folder), "catvton", "mix"]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# What is published as a pickle
+
+
+def write(folder: Path, name: str, content: bytes) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(content)
+
+
+def test_a_pickle_is_downloaded_once_for_its_conversion(endpoint, small, tmp_path, hub):
+    assert fetch(endpoint, small, tmp_path, *MASKER) == ""
+    assert (tmp_path / PICKLE).read_bytes() == b"pickle"
+    hub.asked.clear()
+    assert fetch(endpoint, small, tmp_path, *MASKER) == ""
+    assert hub.asked == []
+
+
+def test_what_was_made_of_a_pickle_stands_for_it(endpoint, small, tmp_path, hub):
+    write(tmp_path, TWIN, tensors(4))
+    verify(tmp_path, *MASKER)
+    assert fetch(endpoint, small, tmp_path, *MASKER) == ""
+    assert hub.asked == []
+    assert files_in(tmp_path / "own") == ["SCHP/parser.safetensors"]
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_what_is_not_known_to_be_made_of_a_pickle_gives_way_to_it(endpoint, small, tmp_path, recorded):
+    fetch(endpoint, small, tmp_path, *MASKER)
+    write(tmp_path, TWIN, tensors(4))
+    if recorded:
+        verify(tmp_path, *MASKER)
+        write(tmp_path, TWIN, tensors(5))
+    assert fetch(endpoint, small, tmp_path, *MASKER) == ""
+    assert files_in(tmp_path / "own") == ["SCHP/parser.pth"]
+
+
+def test_what_was_made_of_a_pickle_stays_while_the_hub_is_away(small, tmp_path):
+    write(tmp_path, TWIN, tensors(4))
+    assert "could not be downloaded" in fetch("http://127.0.0.1:9", small, tmp_path, *MASKER)
+    assert (tmp_path / TWIN).read_bytes() == tensors(4)
+
+
+def test_what_was_made_of_a_pickle_is_verified_without_it(small, tmp_path):
+    write(tmp_path, TWIN, tensors(4))
+    assert verify(tmp_path, *MASKER).recorded
+    assert verify(tmp_path, *MASKER) == weights.Verification(1, len(tensors(4)), recorded=False, verified=True)
+    write(tmp_path, TWIN, tensors(5))
+    with pytest.raises(WeightsError, match=TWIN):
+        verify(tmp_path, *MASKER)
+
+
+def test_a_pickle_alone_is_not_verified_and_the_command_named_that_converts_it(small, tmp_path):
+    with pytest.raises(WeightsError, match=f"{TWIN} is missing; .*`vton weights download`"):
+        verify(tmp_path, *MASKER)
+    write(tmp_path, PICKLE, b"pickle")
+    with pytest.raises(WeightsError, match=f"{TWIN} is missing; .*`vton weights convert`"):
+        verify(tmp_path, *MASKER)
+
+
+def test_a_pickle_is_listed_until_there_is_what_was_made_of_it(small, tmp_path):
+    def listed() -> tuple[str, bool, bool]:
+        (line,) = [line for line in listing(tmp_path) if "masker/schp" in line.parts]
+        return line.file, line.present, line.recorded
+
+    assert listed() == (PICKLE, False, False)
+    write(tmp_path, PICKLE, b"pickle")
+    assert listed() == (PICKLE, True, False)
+    write(tmp_path, TWIN, tensors(4))
+    verify(tmp_path, *MASKER)
+    assert listed() == (TWIN, True, True)
+
+
+def test_what_is_made_anew_is_recorded_anew(small, tmp_path):
+    write(tmp_path, TWIN, tensors(4))
+    verify(tmp_path, *MASKER)
+    write(tmp_path, TWIN, tensors(5))
+    weights.record_made(tmp_path, [tmp_path / TWIN])
+    assert verify(tmp_path, *MASKER).verified
 
 
 # Listing and manifest
@@ -513,10 +600,9 @@ def test_no_variant_needs_a_text_encoder_a_safety_checker_or_a_pickle():
     for variant in ("mix", "vitonhd", "dresscode"):
         for _, file in files_for("catvton", variant):
             assert not file.path.startswith(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
-    assert {Path(file.path).suffix for repository in manifest() for file in repository.files} == {
-        ".json",
-        ".safetensors",
-    }
+            assert not file.converted
+    suffixes = {(Path(file.path).suffix, file.converted) for repository in manifest() for file in repository.files}
+    assert suffixes == {(".json", False), (".safetensors", False), (".pth", True), (".pkl", True)}
 
 
 def test_the_safety_checker_is_a_part_of_its_own():
