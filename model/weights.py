@@ -1,7 +1,7 @@
-"""Published weights: what they are, how they are fetched, and the proof that they are intact.
+"""Published weights: how they are fetched, the proof that they are intact, and the only place that opens a pickle.
 
-Only JSON and safetensors are read here, never a pickle: where one is published, what counts is the safetensors that was
-made of it. `vton-weights.json` in a directory of weights holds the hash of every file as it was fetched or first seen;
+What serves reads JSON and safetensors alone: where a pickle is published, what counts is the safetensors that was made
+of it. `vton-weights.json` in a directory of weights holds the hash of every file as it was fetched or first seen;
 from then on that record is the authority, so that own weights are as good as published ones. The manifest decides only
 what a download may bring.
 """
@@ -11,16 +11,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal, Optional
+from typing import Any, BinaryIO, Callable, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, TypeAdapter
+from pydantic import TypeAdapter
 
-MANIFEST = Path(__file__).with_name("manifest.json")
+from model.manifest import Commit, Inside, Repository, Sha256, Size, Strict, WeightFile
+from model.manifest import WeightsError as WeightsError  # what this module raises, too
+from model.manifest import files_for as files_for
+from model.manifest import manifest as manifest
+
 RECORD = "vton-weights.json"
 TWINS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")  # either one will do
 CHUNK_BYTES = 4 * 1024 * 1024
@@ -29,80 +34,20 @@ HASH_THREADS = 2  # hashlib releases the GIL; more would only fight over one dis
 HUB_TIMEOUT_S = 30.0
 
 
-class WeightsError(Exception):
-    """A weight file is missing, damaged or unobtainable; the text is one sentence that names it."""
-
-
-def _inside(path: str) -> str:
-    if any(part in ("", ".", "..") for part in path.split("/")):
-        raise ValueError("the path leaves the directory")
-    return path
-
-
-Size = Annotated[int, Field(gt=0)]
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Commit = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
-Inside = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._/-]+$"), AfterValidator(_inside)]
-Part = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+/[a-z0-9]+$")]
-MaybeSize = Optional[Size]
-MaybeSha256 = Optional[Sha256]
-MaybeCommit = Optional[Commit]
-
-
-class _Strict:
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
-
-
 @dataclass(frozen=True)
-class WeightFile(_Strict):
-    """One published file at `path` in its repository; size and hash are None where unknown until first fetched.
-
-    `parts` are the "engine/variant" names that need it. `converted`: it is a pickle, and what they read is the
-    safetensors that was made of it, in the same folder under the same stem.
-    """
-
-    path: Inside
-    bytes: MaybeSize
-    sha256: MaybeSha256
-    parts: tuple[Part, ...]
-    converted: bool = False
-
-
-@dataclass(frozen=True)
-class Repository(_Strict):
-    """One published repository, kept in `folder`; a `revision` of None is chosen and recorded by the first download.
-
-    `licence` is its name, `notice` says in a sentence what that means for a user.
-    """
-
-    folder: Inside
-    repo_id: str
-    revision: MaybeCommit
-    licence: str
-    notice: str
-    files: tuple[WeightFile, ...]
-
-
-@dataclass(frozen=True)
-class _Manifest(_Strict):
-    version: Literal[1]
-    repositories: tuple[Repository, ...]
-
-
-@dataclass(frozen=True)
-class _Entry(_Strict):
+class _Entry(Strict):
     bytes: Size
     sha256: Sha256
 
 
 @dataclass(frozen=True)
-class _Source(_Strict):
+class _Source(Strict):
     repo_id: str
     revision: Commit
 
 
 @dataclass(frozen=True)
-class _Record(_Strict):
+class _Record(Strict):
     version: Literal[1]
     files: dict[Inside, _Entry]
     repositories: dict[Inside, _Source]
@@ -136,32 +81,6 @@ class Listed:
     recorded: bool
     present: bool
     licence: str
-
-
-def manifest() -> tuple[Repository, ...]:
-    """The published repositories, in the order in which they are fetched.
-
-    Raises:
-        WeightsError: the manifest of this installation is damaged.
-    """
-    try:
-        return TypeAdapter(_Manifest).validate_json(MANIFEST.read_bytes()).repositories
-    except (OSError, ValueError) as exc:
-        raise WeightsError(f"{MANIFEST} is damaged; install the package again") from exc
-
-
-def files_for(engine: str, variant: str) -> list[tuple[Repository, WeightFile]]:
-    """The files that a variant of an engine reads, each with its repository.
-
-    Raises:
-        WeightsError: nothing is published under that name.
-    """
-    every = [(repository, file) for repository in manifest() for file in repository.files]
-    needed = [(repository, file) for repository, file in every if f"{engine}/{variant}" in file.parts]
-    if not needed:
-        names = sorted({part for _, file in every for part in file.parts})
-        raise WeightsError(f"{MANIFEST.name} has no weights {engine}/{variant}; it has {', '.join(names)}")
-    return needed
 
 
 def download(weights_dir: Path, engine: str, variant: str) -> None:
@@ -235,6 +154,31 @@ def listing(weights_dir: Path) -> list[Listed]:
             size, known = entry.bytes if entry else file.bytes, file.sha256 is not None
             lines.append(Listed(name, file.parts, size, known, entry is not None, bool(present), repository.licence))
     return lines
+
+
+def unpickle(stream: BinaryIO, permitted: Mapping[tuple[str, str], Any], refusal: Callable[[str], Exception]) -> Any:  # noqa: ANN401 - of any type
+    """What a pickle holds, where it asks for nothing but what is permitted; bytes of Python 2 are read as Latin-1.
+
+    Args:
+        stream: the pickle.
+        permitted: (module, name) -> what it gets for that; nothing is imported.
+        refusal: what is raised, of the name of anything else.
+    """
+
+    class Restricted(pickle.Unpickler):
+        def find_class(self, module: str, name: str, /) -> Any:  # noqa: ANN401 - a class or a function
+            if (module, name) not in permitted:
+                raise refusal(f"{module}.{name}")
+            return permitted[module, name]
+
+    return Restricted(stream, encoding="latin1").load()
+
+
+def load_checkpoint(path: Path) -> Any:  # noqa: ANN401 - of any type
+    """What a torch checkpoint holds, on the CPU; torch refuses all but tensors and containers."""
+    import torch
+
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _is_intact(weights_dir: Path, repository: Repository, file: WeightFile, record: _Record) -> bool:

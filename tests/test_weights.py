@@ -158,7 +158,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The path of a tiny manifest, which is in force."""
     path = tmp_path / "manifest.json"
     path.write_text(json.dumps(tiny_manifest()))
-    monkeypatch.setattr(weights, "MANIFEST", path)
+    monkeypatch.setattr("model.manifest.MANIFEST", path)
     return path
 
 
@@ -175,8 +175,9 @@ def folder(tmp_path: Path, small: Path) -> Path:
 PROGRAM = """
 import sys
 from pathlib import Path
+import model.manifest
 from model import weights
-weights.MANIFEST = Path(sys.argv[1])
+model.manifest.MANIFEST = Path(sys.argv[1])
 try:
     weights.download(Path(sys.argv[2]), *sys.argv[3:])
 except weights.WeightsError as exc:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import pickle
 import pickletools
 import re
 import warnings
@@ -30,7 +29,7 @@ from torch import Tensor
 from model.maskers.densepose import DensePose
 from model.maskers.published import ATR, DENSEPOSE, LIP, PUBLISHED, exists, twin_of
 from model.maskers.schp import SCHP
-from model.weights import CHUNK_BYTES, WeightsError
+from model.weights import CHUNK_BYTES, WeightsError, load_checkpoint, unpickle
 
 CLASSES = {LIP: 20, ATR: 18}
 SOURCE = "source_sha256"  # in the metadata of a converted file
@@ -124,7 +123,7 @@ def _loaded(source: Path) -> Mapping[str, Any]:
             _require_modest(sum(member.file_size for member in archive.infolist()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of old containers and protocols, which are of no concern to who converts
-        checkpoint = torch.load(source, map_location="cpu", weights_only=True)
+        checkpoint = load_checkpoint(source)
     state: Mapping[str, Any] = checkpoint["state_dict"]
     return state
 
@@ -133,7 +132,7 @@ def _unpickled(source: Path) -> Mapping[str, Any]:
     with source.open("rb") as stream:
         _survey(stream)
         stream.seek(0)
-        content = _Unpickler(stream, encoding="latin1").load()
+        content = unpickle(stream, _GLOBALS, lambda name: WeightsError(_refusal(name)))
     return {key: value.view(key) if isinstance(value, _Array) else value for key, value in content["model"].items()}
 
 
@@ -143,13 +142,6 @@ def _survey(stream: BinaryIO) -> None:
         largest = argument if opcode.name in ("PUT", "LONG_BINPUT") and argument is not None else number
         if largest > MAX_OPCODES:
             raise WeightsError("it is more intricate than weights are")
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str, /) -> Any:  # noqa: ANN401 - a class or a function
-        if (module, name) not in _GLOBALS:
-            raise WeightsError(_refusal(f"{module}.{name}"))
-        return _GLOBALS[module, name]
 
 
 class _Dtype:
