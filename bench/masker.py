@@ -94,7 +94,8 @@ def _random(device: torch.device, dtype: torch.dtype) -> AutoMasker:
 
 
 def _laid_out(network: SchpNetwork, device: torch.device, dtype: torch.dtype) -> SchpNetwork:
-    return network.eval().requires_grad_(requires_grad=False).to(device, dtype, memory_format=torch.channels_last)
+    laid_out: SchpNetwork = network.eval().requires_grad_(requires_grad=False).to(device, dtype)
+    return laid_out.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 def _noise() -> Image:
