@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -20,7 +21,7 @@ from PIL import Image as Pillow
 from stand_in import usual_files, usual_request
 
 from bench.waiting_service import NAME, PICTURE_S
-from deploy.demo import BUCKET, REPOSITORY, client, container_environment, free_port, image_host, local_cloud
+from deploy.demo import BUCKET, REPOSITORY, client, container_environment, free_port, image_host
 
 
 class Front(ThreadingHTTPServer):
@@ -120,9 +121,10 @@ class Stage:
 
 
 @pytest.fixture(scope="module")
-def running():
+def running(endpoint):
     with ExitStack() as stack:
-        cloud = stack.enter_context(local_cloud())
+        queue_url = endpoint.cloud.client("sqs").create_queue(QueueName="killed")["QueueUrl"]
+        cloud = replace(endpoint.cloud, queue_url=queue_url)
         images = Front(int(stack.enter_context(image_host(usual_files())).rpartition(":")[2]))
         aws = Front(int(cloud.url.rpartition(":")[2]))
         built = Stage(cloud, images, aws)

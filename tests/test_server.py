@@ -69,7 +69,7 @@ def test_ping_is_503_until_a_picture_was_made_and_sigterm_ends_an_idle_process_w
     finally:
         process.kill()
     events = [json.loads(line)["event"] for line in (tmp_path / "serve.log").read_text().splitlines()]
-    assert events.index("starting") < events.index("engine_loaded") < events.index("ready") < events.index("draining")
+    assert events.index("starting") < events.index("models_loaded") < events.index("ready") < events.index("draining")
 
 
 def test_sigterm_while_the_model_loads_ends_the_process(tmp_path):
