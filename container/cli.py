@@ -21,7 +21,7 @@ from PIL import Image as Pillow
 from container.errors import ImageNotDecodable, ImageNotFound, ImageTooLarge, TryOnError
 from container.fetch import MAX_BYTES, Fetcher
 from container.get_vton import Pictures, prepare
-from container.images import FILE_OF, decode, decode_mask
+from container.images import FILE_OF, decode_mask
 from container.request import (
     CallContext,
     MaskResult,
@@ -61,6 +61,7 @@ EXIT_OF_CODE = {
     "too_many_redirects": 77,
 }
 LOAD_LIMIT_S = 3600.0  # of the model, on the slowest disk
+STOP_LIMIT_S = 1.0
 POLL_S = 0.1
 
 
@@ -142,9 +143,9 @@ def mask(photo: str, output: Path | None, force: bool) -> None:
         request = parse_masks({"userId": "local", "timestamp": "masks", "person_image_url": photo})
         result = _run(app, lambda deadline, context: app.masks.run(request, deadline, context))
         masks = {name: (kept / key).read_bytes() for name, key in result.object_keys.items()}
+        person = app.decoder.decode(fetcher.seen[photo], time.monotonic() + LOAD_LIMIT_S)
     for name, content in masks.items():
         _write(output / f"{name}.png", content)
-    person = decode(fetcher.seen[photo])
     shown = [geometry.tinted(person, decode_mask(content)) for content in masks.values()]
     _save(output / "sheet.png", geometry.side_by_side([person, *shown]))
     told = {name: str(output / f"{name}.png") for name in masks}
@@ -279,7 +280,11 @@ def _local_service() -> Iterator[tuple[App, PathsAndUrls, Path]]:
             settings = Settings.from_env(os.environ).model_copy(update={"bucket": None, "output_dir": Path(kept)})
             configure_logging("WARNING")
             fetcher = PathsAndUrls(https_fetcher(settings))
-            yield build(settings, fetcher=fetcher, progress=sys.stderr.isatty()), fetcher, Path(kept)
+            app = build(settings, fetcher=fetcher, progress=sys.stderr.isatty())
+            try:
+                yield app, fetcher, Path(kept)
+            finally:
+                app.stop(STOP_LIMIT_S)
     except TryOnError as exc:
         code = EXIT_OF_CODE.get(exc.code, EXIT_RETRY)
         _end(code, f"{exc.code}: {exc.public}" + (f" ({exc.field})" if exc.field else ""))
@@ -288,7 +293,7 @@ def _local_service() -> Iterator[tuple[App, PathsAndUrls, Path]]:
 
 
 def _run(app: App, work: Callable[[float, CallContext], _Result]) -> _Result:
-    app.worker.start()
+    app.start()
     ends = time.monotonic() + LOAD_LIMIT_S
     while not app.worker.wait_until_loaded(POLL_S) and time.monotonic() < ends:
         pass
@@ -323,12 +328,13 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _write_strip(path: Path, app: App, fetcher: PathsAndUrls, request: TryOnRequest, result: Path) -> None:
-    photo = fetcher.seen[request.person_image_url]
-    person, garments = decode(photo), [decode(fetcher.seen[url]) for url in request.garment_urls()]
+    photo, deadline = fetcher.seen[request.person_image_url], time.monotonic() + LOAD_LIMIT_S
+    person = app.decoder.decode(photo, deadline)
+    garments = [app.decoder.decode(fetcher.seen[url], deadline) for url in request.garment_urls()]
     if request.mask_image_url is not None:
-        drawn = decode_mask(fetcher.seen[request.mask_image_url])
+        drawn = app.decoder.decode_mask(fetcher.seen[request.mask_image_url], deadline)
     else:  # remembered
-        drawn = app.masker.masks(photo, person, time.monotonic() + LOAD_LIMIT_S, StageTimes()).masks[request.cloth_type]
+        drawn = app.masker.masks(photo, person, deadline, StageTimes()).masks[request.cloth_type]
     inputs = prepare(Pictures(person, garments, drawn), "clean")
     shown = [inputs.person, geometry.masked_person(inputs.person, inputs.mask), inputs.garment]
     _save(path, geometry.side_by_side([*shown, np.asarray(Pillow.open(result).convert("RGB"))]))

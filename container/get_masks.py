@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from container.decoder import Decoder
 from container.errors import InvalidRequest
 from container.fetch import Fetcher
-from container.images import decode, encode_mask
+from container.images import encode_mask
 from container.notify import Notifier, masks_completion
 from container.person_masks import PersonMasker, PersonMasks
 from container.request import CallContext, MaskRequest, MaskResult
@@ -23,6 +24,7 @@ class MaskService:
 
     Args:
         fetcher: where the photo's bytes come from.
+        decoder: makes a picture of them.
         masker: makes the masks.
         storage: keeps them.
         notifier: tells of them.
@@ -34,6 +36,7 @@ class MaskService:
         self,
         *,
         fetcher: Fetcher,
+        decoder: Decoder,
         masker: PersonMasker,
         storage: Storage,
         notifier: Notifier,
@@ -41,6 +44,7 @@ class MaskService:
         metrics: Metrics,
     ) -> None:
         self._fetcher = fetcher
+        self._decoder = decoder
         self._masker = masker
         self._storage = storage
         self._notifier = notifier
@@ -84,7 +88,7 @@ class MaskService:
         with times.measure("fetch"):
             content = self._fetcher.fetch(request.person_image_url, user_id=request.userId, deadline=deadline)
         with times.measure("decode"):
-            person = decode(content)
+            person = self._decoder.decode(content, deadline)
         return self._masker.masks(content, person, deadline, times, context.is_wanted)
 
     def _store(self, request: MaskRequest, made: PersonMasks, times: StageTimes) -> dict[str, StoredObject]:

@@ -12,9 +12,10 @@ from typing import Literal
 import numpy as np
 from PIL import Image as Pillow
 
-from container.errors import ImageSourceTimeout, InvalidRequest, MaskInvalid, PersonNotFound
+from container.decoder import Decoder
+from container.errors import DeadlineExceeded, ImageSourceTimeout, InvalidRequest, MaskInvalid, PersonNotFound
 from container.fetch import Fetcher
-from container.images import FILE_OF, decode, decode_mask, encode
+from container.images import FILE_OF, encode
 from container.notify import Notifier, completion
 from container.person_masks import PersonMasker
 from container.request import MAX_SEED, RANDOM_SEED, CallContext, TryOnRequest, TryOnResult
@@ -60,12 +61,13 @@ class TryOnService:
 
     Args:
         fetcher: where image bytes come from.
+        decoder: makes pictures of them.
         worker: makes the pictures.
         masker: makes the masks that requests do not bring.
         storage: keeps them.
         notifier: tells of them.
         defaults: for what requests leave open.
-        fetch_pool: fetches the images of one request side by side.
+        fetch_pool: fetches and decodes the images of one request side by side.
         metrics: counts.
     """
 
@@ -73,6 +75,7 @@ class TryOnService:
         self,
         *,
         fetcher: Fetcher,
+        decoder: Decoder,
         worker: Worker,
         masker: PersonMasker,
         storage: Storage,
@@ -82,6 +85,7 @@ class TryOnService:
         metrics: Metrics,
     ) -> None:
         self._fetcher = fetcher
+        self._decoder = decoder
         self._worker = worker
         self._masker = masker
         self._storage = storage
@@ -152,17 +156,27 @@ class TryOnService:
         self, request: TryOnRequest, contents: list[bytes], deadline: float, times: StageTimes, context: CallContext
     ) -> tuple[Pictures, str | None]:
         """The decoded pictures, and where an automatic mask came from."""
-        given = len(request.garment_urls())
         with times.measure("decode"):
-            person, *garments = [decode(content) for content in contents[: 1 + given]]
-            mask = None if request.mask_image_url is None else decode_mask(contents[-1])
-        if mask is not None:
-            return Pictures(person, garments, mask), None
+            person, *others = self._decode(contents, deadline, masks=request.mask_image_url is not None)
+        if request.mask_image_url is not None:
+            return Pictures(person, others[:-1], others[-1]), None
         made = self._masker.masks(contents[0], person, deadline, times, context.is_wanted)
         mask = made.masks[request.cloth_type]
         if not _mask_at(mask, MODEL_WIDTH, MODEL_HEIGHT).any():
             raise PersonNotFound(f"nothing to repaint for {request.cloth_type} where the model looks")
-        return Pictures(person, garments, mask), made.cache
+        return Pictures(person, others, mask), made.cache
+
+    def _decode(self, contents: list[bytes], deadline: float, masks: int) -> list[Image]:
+        """The pictures in files, the last `masks` of which are masks, decoded side by side."""
+        photos = [self._decoder.decode] * (len(contents) - masks)
+        steps = [*photos, *[self._decoder.decode_mask] * masks]
+        left = deadline - time.monotonic()
+        try:
+            return list(
+                self._fetch_pool.map(lambda step, content: step(content, deadline), steps, contents, timeout=left)
+            )
+        except FutureTimeout as exc:
+            raise DeadlineExceeded("the pictures were not decoded in time") from exc
 
     def _generate(
         self,

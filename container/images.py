@@ -21,6 +21,13 @@ MIN_SIDE = 64  # px; below it the engine's latents have no room
 MAX_SIDE = 1_000_000  # px; beyond it a header is damaged, not a picture large
 MAX_PIXELS = 50_000_000  # a 48 MP phone photo fits
 MAX_ASPECT = 8
+FREE_PIXELS = 16_000_000  # any file may have as many as a phone's photo, whatever its bytes
+PIXELS_PER_BYTE = {  # beyond them; more is a bomb, or a header without a picture
+    "JPEG": 1_000,  # 512 at most: a bit for a block of 8x8
+    "PNG": 10_000,  # 8,256 at most: a bit for a pixel, by deflate's 1032:1
+    "WEBP": 50_000,  # a plain lossless one has 24,000 as it is usually written (measured); 38 bytes could be any size
+}
+BAND_ROWS = 256  # converted at a time, so that a large picture is not in memory several times
 WHITE, BLACK = 255, 0
 ORIENTATION = 0x0112  # EXIF tag
 UPRIGHT = {  # orientation -> what undoes it
@@ -69,11 +76,14 @@ def decode(content: bytes, background: int = WHITE) -> Pixels:
     try:
         with Image.open(io.BytesIO(content), formats=[name]) as opened:
             _check_size(*opened.size)
+            _check_proportion(opened.width * opened.height, PIXELS_PER_BYTE[name] * len(content))
             if name != "JPEG" and getattr(opened, "is_animated", False):  # phones add previews to a JPEG; it is still
                 raise ImageFormatNotPermitted("animated")
             if name == "PNG":
                 _check_chunks(content)
             opened.load()
+            if name == "PNG":
+                _rescale_key(opened, depth=content[24])
             return _flatten(_upright(opened), background)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, struct.error, OverflowError) as exc:
         raise ImageNotDecodable(f"{name}: {type(exc).__name__}") from exc
@@ -140,6 +150,12 @@ def _check_size(width: int, height: int) -> None:
         raise ImageTooSmall(f"{width}x{height}")
 
 
+def _check_proportion(pixels: int, most_for_its_bytes: int) -> None:
+    """Refuses a header that claims more than its bytes can hold, and a picture that is large and nothing else."""
+    if pixels > max(FREE_PIXELS, most_for_its_bytes):
+        raise ImageTooManyPixels(f"{pixels} pixels, where the bytes hold {most_for_its_bytes}")
+
+
 def _check_chunks(content: bytes) -> None:
     """Refuses a PNG whose pixels could be read but whose checksums are wrong or whose end is missing."""
     at, kind = len(PNG_SIGNATURE), b""
@@ -157,10 +173,30 @@ def _upright(picture: Image.Image) -> Image.Image:
     return picture if turn is None else picture.transpose(turn)
 
 
+def _rescale_key(picture: Image.Image, depth: int) -> None:
+    """Brings a PNG's transparent colour to 8 bits, as Pillow brought the samples but not their key."""
+    key = picture.info.get("transparency")
+    if isinstance(key, int) and picture.mode in ("1", "L"):
+        highest = 2**depth - 1
+        picture.info["transparency"] = (key & highest) * 255 // highest
+    elif isinstance(key, tuple) and depth == 16:
+        picture.info["transparency"] = tuple(level >> 8 for level in key)
+
+
 def _flatten(picture: Image.Image, background: int) -> Pixels:
-    """RGB of any mode; 16-bit grey is scaled, not clipped."""
-    if picture.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
-        grey = (np.asarray(picture).astype(np.float64) / 257.0).round().clip(0, 255).astype(np.uint8)
+    """RGB of any mode, what is transparent on the background."""
+    pixels = np.empty((picture.height, picture.width, 3), np.uint8)
+    for top in range(0, picture.height, BAND_ROWS):
+        bottom = min(top + BAND_ROWS, picture.height)
+        pixels[top:bottom] = _rgb(picture.crop((0, top, picture.width, bottom)), background)
+    return pixels
+
+
+def _rgb(picture: Image.Image, background: int) -> Pixels:
+    if picture.mode.startswith("I"):  # 16-bit grey is scaled, not clipped
+        deep = np.asarray(picture)
+        grey = ((deep.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        grey[deep == picture.info.get("transparency", -1)] = background
         return np.repeat(grey[..., None], 3, axis=2)
     if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
         layer = picture.convert("RGBA")

@@ -67,13 +67,13 @@ class DrainingServer(uvicorn.Server):
 
     def run_to_the_end(self) -> int:
         """Serves; the exit status of the process: 0 after a clean drain, 1 where the model or the device failed."""
-        self._app.worker.start()
+        self._app.start()
         watcher = threading.Thread(target=self.watch, name="watch", daemon=True)
         watcher.start()
         self.run()
         self._finished.set()
         watcher.join(POLL_S * 4)
-        self._app.worker.stop(POLL_S * 4)
+        self._app.stop(POLL_S * 4)
         log.info("stopped", failed=self.failed)
         return 1 if self.failed else 0
 

@@ -17,6 +17,7 @@ from boto3.exceptions import PythonDeprecationWarning
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError
 
+from container.decoder import Decoder, ProcessDecoder
 from container.fetch import ByScheme, Fetcher, HostPolicy, HttpsFetcher, S3Fetcher
 from container.get_masks import MaskService
 from container.get_vton import MODEL_HEIGHT, MODEL_WIDTH, Defaults, TryOnService
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 FETCHES_PER_REQUEST = 4  # person, mask, top, bottom
+FEWEST_DECODERS = 2  # so that one file that takes its time does not stop all others
 WARM_UP_STEPS = 2  # every kernel of a picture runs in two steps
 AWS = Config(
     connect_timeout=3,
@@ -53,11 +55,22 @@ class App:
     service: TryOnService
     masks: MaskService
     masker: PersonMasker
+    decoder: Decoder
     worker: Worker
     admission: Admission
     metrics: Metrics
     request_pool: Executor
     pseudonyms: Pseudonyms
+
+    def start(self) -> None:
+        """Begins to load the models, and starts the decoders beside that; `worker` tells the end of it."""
+        self.decoder.start()
+        self.worker.start()
+
+    def stop(self, timeout_s: float) -> None:
+        """Ends the worker, then the decoders, each within `timeout_s`."""
+        self.worker.stop(timeout_s)
+        self.decoder.stop(timeout_s)
 
 
 @dataclass(frozen=True)
@@ -65,13 +78,14 @@ class Ports:
     """What the service reaches the world through."""
 
     fetcher: Fetcher
+    decoder: Decoder
     storage: Storage
     notifier: Notifier
     mask_notifier: Notifier
 
 
 def build(settings: Settings, *, fetcher: Fetcher | None = None, progress: bool = False) -> App:
-    """The service that these settings describe; its model is not loaded until `app.worker.start()`.
+    """The service that these settings describe; its model is not loaded until `app.start()`.
 
     Args:
         settings: of this process.
@@ -83,7 +97,13 @@ def build(settings: Settings, *, fetcher: Fetcher | None = None, progress: bool 
     if settings.engine not in ENGINES:
         raise SettingsError(f"VTON_ENGINE must be one of: {', '.join(sorted(ENGINES))}")
     results, masks = settings.queue_url, settings.mask_queue_url or settings.queue_url
-    ports = Ports(fetcher or _fetcher(settings), _storage(settings), _notifier(results), _notifier(masks))
+    ports = Ports(
+        fetcher=fetcher or _fetcher(settings),
+        decoder=ProcessDecoder(_decoders()),
+        storage=_storage(settings),
+        notifier=_notifier(results),
+        mask_notifier=_notifier(masks),
+    )
     return assemble(settings, ports, _loader(settings, progress), _warm_up)
 
 
@@ -97,6 +117,7 @@ def assemble(settings: Settings, ports: Ports, load: Callable[[], Models], warm_
     masker = PersonMasker(worker, metrics)
     service = TryOnService(
         fetcher=ports.fetcher,
+        decoder=ports.decoder,
         worker=worker,
         masker=masker,
         storage=ports.storage,
@@ -107,6 +128,7 @@ def assemble(settings: Settings, ports: Ports, load: Callable[[], Models], warm_
     )
     masks = MaskService(
         fetcher=ports.fetcher,
+        decoder=ports.decoder,
         masker=masker,
         storage=ports.storage,
         notifier=ports.mask_notifier,
@@ -115,7 +137,7 @@ def assemble(settings: Settings, ports: Ports, load: Callable[[], Models], warm_
     )
     pool = ThreadPoolExecutor(settings.max_in_flight, "request")
     salt = settings.log_salt.get_secret_value() if settings.log_salt is not None else None
-    return App(settings, service, masks, masker, worker, admission, metrics, pool, Pseudonyms(salt))
+    return App(settings, service, masks, masker, ports.decoder, worker, admission, metrics, pool, Pseudonyms(salt))
 
 
 def https_fetcher(settings: Settings) -> Fetcher:
@@ -128,6 +150,12 @@ def https_fetcher(settings: Settings) -> Fetcher:
 def _fetcher(settings: Settings) -> Fetcher:
     s3 = S3Fetcher(_s3(), settings.bucket, settings.key_prefix) if settings.bucket else None
     return ByScheme(https_fetcher(settings), s3)
+
+
+def _decoders() -> int:
+    """Enough for one request's pictures side by side, as far as there are cores; four take 5 GiB at the very most."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(FEWEST_DECODERS, min(FETCHES_PER_REQUEST, cores))
 
 
 def _storage(settings: Settings) -> Storage:

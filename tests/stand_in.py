@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import threading
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image as Pillow
 
+from container.decoder import ProcessDecoder
 from container.errors import ImageNotFound
 from container.request import CLOTH_TYPES
 from container.settings import Settings
@@ -144,6 +146,33 @@ class StandInMasker:
         return made
 
 
+class SharedDecoder:
+    """The real decoder, one for all tests: its processes start with the first picture and end with the tests."""
+
+    def __init__(self):
+        self._decoder = None
+        self._lock = threading.Lock()
+
+    def start(self):
+        with self._lock:
+            if self._decoder is None:
+                self._decoder = ProcessDecoder(2)
+                self._decoder.start()
+                atexit.register(self._decoder.stop, 5)
+
+    def stop(self, timeout_s):
+        pass
+
+    def decode(self, content, deadline):
+        return self._decoder.decode(content, deadline)
+
+    def decode_mask(self, content, deadline):
+        return self._decoder.decode_mask(content, deadline)
+
+
+DECODER = SharedDecoder()
+
+
 @contextmanager
 def running_app(
     tmp_path: Path,
@@ -151,6 +180,7 @@ def running_app(
     engine=None,
     masker=None,
     fetcher=None,
+    decoder=DECODER,
     notifier=None,
     mask_notifier=None,
     storage=None,
@@ -159,13 +189,19 @@ def running_app(
     """A wired service with a warm stand-in engine, results in `tmp_path`; without a masker unless one is given."""
     engine = engine or StandInEngine()
     notifier = notifier or RecordingNotifier()
-    ports = Ports(fetcher or FakeFetcher(), storage or LocalStorage(tmp_path), notifier, mask_notifier or notifier)
+    ports = Ports(
+        fetcher=fetcher or FakeFetcher(),
+        decoder=decoder,
+        storage=storage or LocalStorage(tmp_path),
+        notifier=notifier,
+        mask_notifier=mask_notifier or notifier,
+    )
     models = Models(engine, masker)
     app = assemble(Settings(output_dir=tmp_path, **settings), ports, lambda: models, lambda _models: None)
-    app.worker.start()
+    app.start()
     assert app.worker.wait_until_loaded(5)
     try:
         yield app
     finally:
         engine.may_end.set()
-        app.worker.stop(5)
+        app.stop(5)

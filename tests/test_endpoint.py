@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import psutil
 import pytest
 from botocore.exceptions import ClientError
 from PIL import Image as Pillow
 from stand_in import box_mask, noise, png, usual_files, usual_request
 
+from container.sandbox import NOBODY
 from deploy.demo import BUCKET, ENDPOINT_NAME
 from model import geometry
 from model.embedded import demo_pictures
@@ -148,6 +151,36 @@ def test_a_photo_without_a_person_and_without_a_mask_is_refused(endpoint):
         invoke(endpoint, fields(endpoint, userId="nobody", mask_image_url=None))
     error = json.loads(refused.value.response["OriginalMessage"])["error"]
     assert (error["code"], error["retryable"]) == ("person_not_found", False)
+
+
+def decoders():
+    """The processes in which the endpoint decodes, without their forks."""
+    below = [(child, child.parent()) for child in psutil.Process().children(recursive=True)]
+    return [
+        child
+        for child, parent in below
+        if "container.sandbox" in " ".join(child.cmdline()) and "serve" in " ".join(parent.cmdline())
+    ]
+
+
+def test_pictures_are_decoded_by_processes_without_rights_and_a_dead_one_is_replaced(endpoint):
+    found = decoders()
+    assert len(found) >= 2
+    if os.geteuid() == 0:
+        assert all(decoder.uids().effective == NOBODY for decoder in found)
+    for decoder in found:
+        decoder.kill()
+    assert invoke(endpoint, fields(endpoint, timestamp="decoders"))["width"] == 768
+    assert {decoder.pid for decoder in decoders()}.isdisjoint(decoder.pid for decoder in found)
+
+
+def test_a_file_that_is_no_picture_is_refused_and_the_next_request_works(endpoint):
+    s3 = endpoint.cloud.client("s3")
+    s3.put_object(Bucket=BUCKET, Key="users/61/row/t/row.png", Body=b"\x89PNG\r\n\x1a\nand no more")
+    broken = f"s3://{BUCKET}/users/61/row/t/row.png"
+    with pytest.raises(ClientError, match="image_not_decodable"):
+        invoke(endpoint, fields(endpoint, userId="61", timestamp="broken", person_image_url=broken))
+    assert invoke(endpoint, fields(endpoint, userId="61", timestamp="whole"))["width"] == 768
 
 
 def test_two_equal_requests_give_one_generation_and_the_same_bytes(endpoint):

@@ -19,7 +19,9 @@ from stand_in import (
     usual_request,
 )
 
+from container import images
 from container.errors import (
+    DeadlineExceeded,
     ImageNotFound,
     InvalidRequest,
     JobConflict,
@@ -221,6 +223,48 @@ def test_a_missing_image_stores_nothing_and_tells_nobody(tmp_path):
         run(app, upper_cloth_url="https://images.example/gone.png")
     assert list(tmp_path.rglob("result*")) == []
     assert notifier.events == []
+
+
+class Together:
+    """Decodes nothing until all four pictures of a request are there."""
+
+    def __init__(self):
+        self.barrier = threading.Barrier(4)
+
+    def start(self):
+        pass
+
+    def stop(self, timeout_s):
+        pass
+
+    def decode(self, content, deadline):
+        self.barrier.wait(10)
+        return images.decode(content)
+
+    def decode_mask(self, content, deadline):
+        self.barrier.wait(10)
+        return images.decode_mask(content)
+
+
+def test_the_pictures_of_a_request_are_decoded_side_by_side(tmp_path):
+    with running_app(tmp_path, decoder=Together()) as app:
+        run(app)
+    outside = np.asarray(Pillow.fromarray(box_mask()).resize((768, 1024), Pillow.Resampling.NEAREST)) == 0
+    assert np.array_equal(opened(tmp_path / KEY)[outside], person_at_model_size()[outside])
+
+
+class Hanging(Together):
+    """Takes longer than any request has."""
+
+    def decode(self, content, deadline):
+        time.sleep(1)
+
+
+def test_a_decoder_that_is_not_done_at_the_deadline_is_not_waited_for(tmp_path):
+    began = time.monotonic()
+    with running_app(tmp_path, decoder=Hanging()) as app, pytest.raises(DeadlineExceeded):
+        app.service.run(parse(usual_request()), time.monotonic() + 0.3, CONTEXT)
+    assert time.monotonic() - began < 20
 
 
 class FailingStorage(LocalStorage):

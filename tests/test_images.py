@@ -23,7 +23,7 @@ from container.errors import (
     ImageTooSmall,
     Refusal,
 )
-from container.images import FILE_OF, decode, decode_mask, encode
+from container.images import BAND_ROWS, FILE_OF, decode, decode_mask, encode
 
 PNG = b"\x89PNG\r\n\x1a\n"
 DAMAGED_EXIF = pytest.mark.filterwarnings("ignore::UserWarning")  # what Pillow says of it
@@ -65,6 +65,35 @@ def png_of_16_bit_rgb(pixels):
     rows = b"".join(b"\x00" + row.astype(">u2").tobytes() for row in pixels)
     header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
     return PNG + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def png_of(samples, depth, transparent):
+    """A PNG of grey (HW) or RGB (HWC) samples of 1 to 16 bits, one level or colour of which is transparent."""
+    colour_type, height, width = (0 if samples.ndim == 2 else 2), *samples.shape[:2]
+    bits = np.unpackbits(samples.astype(">u2").view(np.uint8).reshape(height, -1, 2), axis=2)[..., 16 - depth :]
+    rows = b"".join(b"\x00" + np.packbits(row).tobytes() for row in bits)
+    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
+    key = np.atleast_1d(transparent).astype(">u2").tobytes()
+    return (
+        PNG + chunk(b"IHDR", header) + chunk(b"tRNS", key) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    )
+
+
+def plain_webp(width, height):
+    """A lossless WebP of one colour: 38 bytes, whatever its size, which lies in two fields of 14 bits."""
+    content = bytearray(file_of(Image.new("RGB", (64, 64), (9, 99, 199)), "WEBP", lossless=True, method=0))
+    at = content.index(b"VP8L") + 9
+    (fields,) = struct.unpack_from("<I", content, at)
+    struct.pack_into("<I", content, at, fields & ~(2**28 - 1) | (height - 1) << 14 | (width - 1))
+    return bytes(content)
+
+
+def jpeg_claiming(width, height):
+    """A JPEG whose header claims a size; the decoder would fill what is missing with grey."""
+    content = bytearray(file_of(Image.new("RGB", (64, 64)), "JPEG"))
+    at = content.index(b"\xff\xc0") + 5
+    struct.pack_into(">HH", content, at, height, width)
+    return bytes(content)
 
 
 def chunks_of(content):
@@ -234,7 +263,15 @@ def test_a_png_that_claims_sides_of_2_to_the_31_is_damaged():
 
 @pytest.mark.parametrize(
     "size",
-    [(50_000, 50_000), (13_000, 13_000), (7_072, 7_072), (1_000_000, 51), (20_000, 2_501)],
+    [
+        (50_000, 50_000),
+        (13_000, 13_000),
+        (7_072, 7_072),
+        (1_000_000, 51),
+        (20_000, 2_501),
+        (7_000, 7_000),
+        (4_001, 4_000),
+    ],
 )
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_bomb_is_refused_by_its_header_alone(size):
@@ -249,6 +286,29 @@ def test_a_bomb_is_refused_by_its_header_alone(size):
 def test_a_bomb_is_refused_where_warnings_are_errors_too():
     with pytest.raises(ImageTooManyPixels):
         decode(png_claiming(13_000, 13_000))
+
+
+@pytest.mark.parametrize("claiming", [plain_webp, jpeg_claiming])
+def test_more_pixels_than_the_bytes_can_hold_are_refused_by_the_header(claiming):
+    with pytest.raises(ImageTooManyPixels):
+        decode(claiming(7_000, 7_000))
+
+
+def test_a_plain_picture_as_large_as_a_phones_photo_is_no_bomb():
+    assert (decode(plain_webp(4_000, 4_000)) == (9, 99, 199)).all()
+
+
+def test_a_plain_webp_as_it_is_usually_written_is_no_bomb_at_any_size():
+    content = file_of(Image.new("RGB", (4_000, 4_100), (9, 99, 199)), "WEBP", lossless=True)
+    assert 16.4e6 / len(content) > 20_000
+    assert decode(content).shape == (4_100, 4_000, 3)
+
+
+def test_deflate_at_its_best_is_no_bomb():
+    """One bit a pixel, all the same: no complete PNG has more pixels for its bytes."""
+    content = file_of(Image.new("1", (4_000, 4_100)), "PNG", optimize=True)
+    assert 16.4e6 / len(content) > 2_500
+    assert decode(content).shape == (4_100, 4_000, 3)
 
 
 @pytest.mark.parametrize(
@@ -359,6 +419,28 @@ def test_a_grey_or_cmyk_jpeg_becomes_rgb(mode):
     assert psnr(decode(file_of(stored, "JPEG", quality=95)), np.asarray(stored.convert("RGB"))) > 30
 
 
+@pytest.mark.parametrize("marked", [True, False])
+def test_the_ink_of_a_cmyk_jpeg_is_stored_inverted_as_adobe_does(marked):
+    """Whether Adobe's mark is there or not, as in browsers: no program writes it otherwise."""
+    stored = Image.new("CMYK", (64, 64), (255, 0, 0, 0))
+    content = file_of(stored, "JPEG", quality=95)
+    at = content.index(b"\xff\xee")
+    if not marked:
+        (length,) = struct.unpack_from(">H", content, at + 2)
+        content = content[:at] + content[at + 2 + length :]
+    assert np.abs(decode(content)[32, 32].astype(int) - (0, 255, 255)).max() <= 4
+
+
+def test_a_ycck_jpeg_has_the_colours_of_its_cmyk():
+    stored = Image.fromarray(gradient()).convert("CMYK")
+    plates = np.ascontiguousarray(np.asarray(stored)[..., :3])
+    ycc = np.asarray(Image.fromarray(plates).convert("YCbCr"))
+    ycck = Image.frombytes("CMYK", stored.size, np.dstack([255 - ycc, np.asarray(stored)[..., 3]]).tobytes())
+    content = bytearray(file_of(ycck, "JPEG", quality=95))
+    content[content.index(b"Adobe") + 11] = 2  # its transform: YCCK
+    assert psnr(decode(bytes(content)), np.asarray(stored.convert("RGB"))) > 30
+
+
 @pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
 def test_what_is_fully_transparent_is_white(file_format):
     stored = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
@@ -379,6 +461,39 @@ def test_every_kind_of_transparency_is_composited_on_white(mode, colour, transpa
     stored = Image.new(mode, (64, 64), colour)
     options = {} if transparency is None else {"transparency": transparency}
     assert decode(file_of(stored, "PNG", **options))[0, 0].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize(
+    ("depth", "key"),
+    [(1, 0), (1, 1), (2, 0), (2, 3), (2, 1), (4, 15), (4, 5), (8, 85), (16, 0), (16, 65_535), (16, 700)],
+)
+def test_a_transparent_level_of_grey_is_white_whatever_its_depth(depth, key):
+    samples = np.full((64, 80), 2**depth - 1 - key if depth == 1 else 2**depth // 3 + 1)
+    samples[:32] = key
+    pixels = decode(png_of(samples, depth, key), background=77)
+    expected = round((2**depth // 3 + 1) * 255 / (2**depth - 1)) if depth > 1 else 255 * (1 - key)
+    assert (pixels[:32] == 77).all()
+    assert np.abs(pixels[32:].astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_a_transparent_colour_is_white_whatever_its_depth(depth):
+    highest = 2**depth - 1
+    samples = np.zeros((64, 80, 3), int)
+    samples[:32] = key = (highest, highest // 5, highest // 3)
+    pixels = decode(png_of(samples, depth, key))
+    assert (pixels[:32] == 255).all()
+    assert (pixels[32:] == 0).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1", "RGB", "RGBA", "LA", "I;16"])
+def test_a_picture_of_several_bands_is_converted_without_a_seam(mode):
+    grey = np.random.default_rng(0).integers(0, 256, (2 * BAND_ROWS + 70, 80), dtype=np.uint8)
+    layers = Image.merge("LA", [Image.fromarray(grey), Image.fromarray(grey[::-1])])
+    stored = Image.fromarray(grey.astype(np.uint16) * 257) if mode == "I;16" else layers.convert(mode)
+    canvas = Image.new("RGBA", stored.size, "white")
+    canvas.alpha_composite((Image.fromarray(grey) if mode == "I;16" else stored).convert("RGBA"))
+    assert np.array_equal(decode(file_of(stored, "PNG")), np.asarray(canvas.convert("RGB")))
 
 
 def test_transparency_survives_being_turned_upright():
