@@ -6,11 +6,13 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import structlog
 from botocore.exceptions import BotoCoreError, ClientError
 
 from container.errors import JobConflict, StorageFailed
@@ -22,7 +24,11 @@ if TYPE_CHECKING:
 
 NOT_RETRYABLE = ("AccessDenied", "NoSuchBucket", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken")
 NOT_RETRYABLE_HEAD = ("400", "403")  # the same errors: the answer to a HEAD has no body to name them
+PROBE_KEY = "users/none"  # no result has it
+PROBE_PAUSE_S = 5.0
 TAKEN = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
@@ -178,6 +184,28 @@ def same_job(found: StoredObject, job_id: str) -> StoredObject:
     if found.facts.get("job_id") != job_id:
         raise JobConflict("the key belongs to another job")
     return found
+
+
+def wait_until_reachable(storage: Storage, limit_s: float) -> None:
+    """Returns once a key can be looked up; a new role or bucket may take a while to be known everywhere.
+
+    Args:
+        storage: that of the results.
+        limit_s: after which it raises what it met last.
+    Raises:
+        StorageFailed: there is no answer, or it is a refusal.
+    """
+    ends = time.monotonic() + limit_s
+    while True:
+        try:
+            storage.find(PROBE_KEY)
+        except StorageFailed as exc:
+            log.warning("storage_not_reachable", reason=str(exc))
+            if time.monotonic() >= ends:
+                raise
+        else:
+            return
+        time.sleep(PROBE_PAUSE_S)
 
 
 def _facts(metadata: Mapping[str, str]) -> dict[str, str]:

@@ -149,6 +149,10 @@ async def _answered(app: App, request: Request, handle: Callable[[str], Awaitabl
         code = CALLER_LEFT
         log.info("caller_left")
         return Response(status_code=499)  # nobody reads it
+    except asyncio.CancelledError:  # the server does that to what is not done when its time to drain is over
+        code = Draining.code
+        log.warning("request_failed", code=code, detail="cut off by the end of the process")
+        return answer_error(Draining(retry_after_s=1), request_id)
     except Exception:
         code = Internal.code
         log.exception("request_failed", code=code)

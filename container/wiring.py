@@ -25,7 +25,7 @@ from container.notify import Notifier, NullNotifier, SqsNotifier
 from container.person_masks import PersonMasker
 from container.settings import Settings, SettingsError
 from container.sharing import Admission
-from container.storage import LocalStorage, S3Storage, Storage
+from container.storage import LocalStorage, S3Storage, Storage, wait_until_reachable
 from container.telemetry import Metrics, Pseudonyms
 from container.worker import Models, Worker
 from model import ENGINES, choose_masker, load_engine, load_masker
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 FETCHES_PER_REQUEST = 4  # person, mask, top, bottom
+REACHABLE_S = 300.0  # a process that finds no bucket says so and waits, then ends
 FEWEST_DECODERS = 2  # so that one file that takes its time does not stop all others
 WARM_UP_STEPS = 2  # every kernel of a picture runs in two steps
 AWS = Config(
@@ -104,7 +105,7 @@ def build(settings: Settings, *, fetcher: Fetcher | None = None, progress: bool 
         notifier=_notifier(results),
         mask_notifier=_notifier(masks),
     )
-    return assemble(settings, ports, _loader(settings, progress), _warm_up)
+    return assemble(settings, ports, _loader(settings, ports.storage, progress), _warm_up)
 
 
 def assemble(settings: Settings, ports: Ports, load: Callable[[], Models], warm_up: Callable[[Models], None]) -> App:
@@ -185,7 +186,7 @@ def _session() -> boto3.session.Session:
     return boto3.session.Session()
 
 
-def _loader(settings: Settings, progress: bool) -> Callable[[], Models]:
+def _loader(settings: Settings, storage: Storage, progress: bool) -> Callable[[], Models]:
     options = EngineOptions(
         weights=settings.weights,
         variant=settings.variant,
@@ -207,6 +208,7 @@ def _loader(settings: Settings, progress: bool) -> Callable[[], Models]:
         if name is not None and name != "off":
             masker = load_masker(name, MaskerOptions(settings.weights, settings.device, settings.dtype))
         log.info("models_loaded", engine=engine.name, masker=name or "off")
+        wait_until_reachable(storage, REACHABLE_S)
         return Models(engine, masker)
 
     return load

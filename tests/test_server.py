@@ -20,6 +20,7 @@ import uvicorn
 from catvton_recipe import write_published_layout
 from stand_in import StandInEngine, running_app, usual_request
 
+import container.server
 from container.server import DrainingServer
 from container.vton_api import create_app
 from deploy.demo import free_port
@@ -165,6 +166,26 @@ def test_on_sigterm_what_runs_is_finished_and_what_comes_is_refused(tmp_path):
         assert running.result(10).status_code == 200
 
 
+def test_what_is_not_done_when_the_time_to_drain_is_over_is_told_to_come_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(container.server, "DRAIN_S", 0.2)
+    engine = StandInEngine()
+    engine.may_end.clear()
+    with running_app(tmp_path, engine=engine) as app, ThreadPoolExecutor(2) as pool:
+        with draining_server(app) as (url, _server):
+            asked = [
+                pool.submit(requests.post, f"{url}/invocations", json=usual_request(timestamp=name), timeout=20)
+                for name in ("runs", "waits")
+            ]
+            assert engine.begun.wait(5)
+            while app.admission.taken < len(asked):
+                time.sleep(0.01)
+        answers = [future.result(10) for future in asked]
+        engine.may_end.set()
+    assert [answer.status_code for answer in answers] == [503, 503]
+    errors = [answer.json()["error"] for answer in answers]
+    assert {(error["code"], error["retryable"], error["retry_after_s"]) for error in errors} == {("draining", True, 1)}
+
+
 def test_a_failed_device_ends_the_process_with_1(tmp_path):
     engine = StandInEngine()
     engine.failures.append(DeviceFailed("CUDA error: an illegal memory access was encountered"))
@@ -181,7 +202,9 @@ def test_a_failed_device_ends_the_process_with_1(tmp_path):
 def draining_server(app):
     """A server on a thread of this process, around a worker that is warm already."""
     port = free_port()
-    config = uvicorn.Config(create_app(app), host="127.0.0.1", port=port, log_config=None, lifespan="off")
+    config = uvicorn.Config(
+        create_app(app), host="127.0.0.1", port=port, log_config=None, lifespan="off", timeout_graceful_shutdown=1
+    )
     server = DrainingServer(config, app)
     threads = [threading.Thread(target=server.run), threading.Thread(target=server.watch)]
     for thread in threads:

@@ -11,11 +11,20 @@ from pathlib import Path
 import pytest
 from faulty_aws import client_of, faulty_aws
 from moto.server import ThreadedMotoServer
+from structlog.testing import capture_logs
 
 from container.errors import JobConflict, StorageFailed
 from container.images import FILE_OF
 from container.request import parse
-from container.storage import LocalStorage, S3Storage, StoredObject, all_keys_for, key_for, same_job
+from container.storage import (
+    LocalStorage,
+    S3Storage,
+    StoredObject,
+    all_keys_for,
+    key_for,
+    same_job,
+    wait_until_reachable,
+)
 
 BUCKET = "results"
 KEY = "users/7/vton_result/241108-230001/result.jpg"
@@ -234,6 +243,25 @@ def test_a_key_that_was_taken_and_then_free_is_an_outage():
     with faulty_aws(fault(412, "PreconditionFailed"), fault(404, "")) as aws, pytest.raises(StorageFailed) as caught:
         put(S3Storage(client_of("s3", aws.url), BUCKET))
     assert caught.value.retryable
+
+
+# --- at the start
+
+
+def test_a_storage_that_answers_is_reached_at_once(storage):
+    assert wait_until_reachable(storage, limit_s=0) is None
+
+
+def test_a_role_that_is_not_known_yet_is_waited_for_and_told_of(impatient):
+    forbidden, absent = fault(403, "AccessDenied"), fault(404, "")
+    with faulty_aws(forbidden, forbidden, absent) as aws, capture_logs() as logs:
+        wait_until_reachable(S3Storage(client_of("s3", aws.url), BUCKET), limit_s=60)
+    assert [line["reason"] for line in logs] == ["S3 answered 403"] * 2
+
+
+def test_a_storage_that_stays_away_ends_the_start(impatient):
+    with faulty_aws(fault(403, "AccessDenied")) as aws, pytest.raises(StorageFailed, match="S3 answered 403"):
+        wait_until_reachable(S3Storage(client_of("s3", aws.url), BUCKET), limit_s=0.2)
 
 
 # --- local
