@@ -3,7 +3,7 @@ SHELL := /bin/sh
 PYTHON := .venv/bin/python
 NEWEST := .venv-newest/bin/python
 
-.PHONY: install demo test test-newest check bench gpu image lock clean
+.PHONY: install demo test test-newest fault check bench gpu image lock clean
 
 install: .venv/installed
 
@@ -27,6 +27,9 @@ test: install
 
 test-newest: .venv-newest/installed
 	$(NEWEST) -m pytest -m "not gpu"
+
+fault: install
+	$(PYTHON) -m tests.faults
 
 check: install
 	$(PYTHON) -m ruff format --check .
