@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import json
 import re
 import time
 import uuid
 from collections.abc import Awaitable
 from dataclasses import replace
 from functools import partial
-from typing import Callable
+from typing import Any, Callable
 
 import structlog
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import TypeAdapter
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -31,13 +33,24 @@ from container.errors import (
     MethodNotAllowed,
     NotFound,
     NotReady,
+    Outage,
     Refusal,
     RequestTimeout,
     RequestTooLarge,
     TryOnError,
     UnsupportedContentType,
 )
-from container.request import AnyRequest, AnyResult, CallContext, MaskRequest, MaskResult, answer, parse
+from container.request import (
+    AnyRequest,
+    AnyResult,
+    CallContext,
+    MaskRequest,
+    MaskResult,
+    TryOnRequest,
+    TryOnResult,
+    answer,
+    parse,
+)
 from container.strict_json import loads
 from container.wiring import App
 from container.worker import Abandoned
@@ -46,6 +59,7 @@ MAX_BODY_BYTES = 64 * 1024
 MAX_HEADERS = 100  # the platform sends about a dozen
 BODY_TIMEOUT_S = 5.0
 CALLER_LEFT = "caller_left"  # in the count of requests
+ERRORS = {400, 408, 409, 413, 415, 422, 429, 500, 502, 503, 504}  # statuses of /invocations
 INFERENCE_ID = "X-Amzn-SageMaker-Inference-Id"
 CUSTOM_ATTRIBUTES = "X-Amzn-SageMaker-Custom-Attributes"
 INFERENCE_ID_TEXT = re.compile(r"[\x20-\x7e]{1,64}")
@@ -59,11 +73,11 @@ def create_app(app: App) -> FastAPI:
     docs = {} if app.settings.docs else {"openapi_url": None, "docs_url": None, "redoc_url": None}
     api = FastAPI(title="vton", redirect_slashes=False, **docs)  # type: ignore[arg-type]
 
-    @api.get("/ping")
+    @api.get("/ping", response_class=Response, responses=_errors({503}))
     async def ping() -> Response:
         return answer_error(error, _request_id(None)) if (error := _not_serving(app)) else Response(status_code=200)
 
-    @api.post("/invocations")
+    @api.post("/invocations", **(_description() if app.settings.docs else {}))
     async def invocations(request: Request) -> Response:
         return await _answered(app, request, partial(_invoke, app, request))
 
@@ -75,7 +89,7 @@ def create_app(app: App) -> FastAPI:
             "MaxPayloadInMB": 1,
         }
 
-    @api.get("/metrics")
+    @api.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(generate_latest(app.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
@@ -85,6 +99,54 @@ def create_app(app: App) -> FastAPI:
 
     api.add_middleware(_HeaderCap)
     return api
+
+
+def _description() -> dict[str, Any]:
+    """What OpenAPI says of /invocations: its body is read by hand, so that FastAPI cannot know it."""
+    masks = _schema(MaskRequest)
+    masks["required"] = [*masks["required"], "task"]  # without it, the same fields are a try-on's
+    results = [_schema(TryOnResult), _schema(MaskResult)]
+    for result in results:
+        result["required"].remove("mask_cache")  # `answer` leaves it out where no photo was masked
+    return {
+        "responses": {200: {"content": _json({"oneOf": results})}, **_errors(ERRORS)},
+        "openapi_extra": {
+            "requestBody": {"required": True, "content": _json({"oneOf": [_schema(TryOnRequest), masks]})}
+        },
+    }
+
+
+def _errors(statuses: set[int]) -> dict[int | str, dict[str, Any]]:
+    """What OpenAPI says of the errors with these statuses."""
+    described: dict[int | str, dict[str, Any]] = {}
+    for status in sorted(statuses):
+        codes = [kind.code for kind in (*Refusal.__subclasses__(), *Outage.__subclasses__()) if kind.status == status]
+        texts = {name: {"type": "string"} for name in ("message", "request_id", "field", "object_key")}
+        error = {
+            "type": "object",
+            "properties": {
+                "code": {"enum": codes},
+                "retryable": {"type": "boolean"},
+                "retry_after_s": {"type": "integer", "minimum": 1},
+                **texts,
+            },
+            "required": ["code", "message", "retryable", "request_id"],
+            "additionalProperties": False,
+        }
+        body = {"type": "object", "properties": {"error": error}, "required": ["error"], "additionalProperties": False}
+        described[status] = {"description": ", ".join(codes), "content": _json(body)}
+    return described
+
+
+def _json(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"application/json": {"schema": schema}}
+
+
+def _schema(kind: type) -> dict[str, Any]:
+    """The JSON Schema of a type, whose patterns are ECMAScript's: it has neither \\A nor \\z."""
+    text = json.dumps(TypeAdapter(kind).json_schema())
+    schema: dict[str, Any] = json.loads(text.replace(r"\\A", "^").replace(r"\\z", "$"))
+    return schema
 
 
 class _HeaderCap:
