@@ -3,7 +3,7 @@ SHELL := /bin/sh
 PYTHON := .venv/bin/python
 NEWEST := .venv-newest/bin/python
 
-.PHONY: install demo test test-newest fault check bench gpu image lock clean
+.PHONY: install demo test test-newest fault load check bench gpu image lock clean
 
 install: .venv/installed
 
@@ -30,6 +30,9 @@ test-newest: .venv-newest/installed
 
 fault: install
 	$(PYTHON) -m tests.faults
+
+load: install
+	$(PYTHON) -m bench.load
 
 check: install
 	$(PYTHON) -m ruff format --check .
