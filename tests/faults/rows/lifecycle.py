@@ -24,7 +24,7 @@ READ_ONLY = (
     "mount --make-rprivate / && "
     "for at in $(awk '$2 !~ \"^/(proc|sys|dev|tmp)\" {print $2}' /proc/mounts | sort -u); do "
     'mount -o remount,bind,ro "$at" || exit 99; done; '
-    "mount -t tmpfs -o size=64m tmpfs /tmp && "
+    'mount -t tmpfs -o size=64m tmpfs "$1" && export TMPDIR="$1" && shift && '
 )
 NEVER_ROOT = 12345
 START_REFUSED_S = 120.0
@@ -155,7 +155,9 @@ def read_only_root(stage: Stage) -> None:
     _needs_unshare()
     as_root = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
     command = READ_ONLY + '! touch /root-is-writable 2>/dev/null && exec "$@"'
-    before = ["unshare", *as_root, "--mount", "sh", "-c", command, "sh"]
+    ours = [*REPOSITORY.parents, *Path(sys.executable).parents]
+    temporary = stage.new_folder("tmp") if Path("/tmp") in ours else Path("/tmp")
+    before = ["unshare", *as_root, "--mount", "sh", "-c", command, "sh", str(temporary)]
     _serves(stage, "read-only", before)
 
 
