@@ -19,6 +19,7 @@ from model.interface import EMBEDDED
 PREFIX = "VTON_"
 DEFAULT_PORT = 8080  # SageMaker's
 MAX_PORT = 65535
+ALL_INTERFACES = "0.0.0.0"  # noqa: S104 - the platform reaches a container from outside
 HOST = re.compile(r"(\*\.)?[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:(?P<port>[0-9]{1,5}))?")
 OTHER_NAMES = {"steps": "NUM_STEP", "port": "SAGEMAKER_BIND_TO_PORT"}  # read where the VTON_ name is not set
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
@@ -56,9 +57,16 @@ class Settings(BaseModel):
         image_hosts: if any, the only public hosts that images come from ("shop.example", "*.shop.example").
         trusted_hosts: "host:port" that may be private and plain http. For local work only.
         docs: serve the OpenAPI pages.
+        rest: open the REST door as well.
+        api_keys: if any, what callers must show, 16 characters at least each; on SageMaker IAM does that.
+        rate_limit: how often one caller may ask ("60/minute"); by key, else by address.
+        cors_origins: pages of these origins ("https://shop.example") may call the REST door.
+        width, height: px of what the model makes, in steps of 64, 256-2048; the published weights know 768x1024.
+        host: address to listen on.
         port: where to listen.
         log_salt: secret with which user ids are hashed for the log; the same on all instances of an endpoint.
         log_level: the least severe level that is logged.
+        metrics_namespace: CloudWatch namespace of the metrics that ride on the log lines; without one none do.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -84,9 +92,17 @@ class Settings(BaseModel):
     image_hosts: Tuple[str, ...] = ()
     trusted_hosts: Tuple[str, ...] = ()
     docs: bool = False
+    rest: bool = False
+    api_keys: Tuple[Annotated[SecretStr, Field(min_length=16)], ...] = ()
+    rate_limit: Optional[str] = Field(default=None, pattern=r"^[1-9][0-9]{0,8}/(second|minute|hour|day)$")
+    cors_origins: Tuple[Annotated[str, Field(pattern=r"^https?://[a-z0-9.-]+(:[0-9]{1,5})?$")], ...] = ()
+    width: int = Field(default=768, ge=256, le=2048, multiple_of=64)
+    height: int = Field(default=1024, ge=256, le=2048, multiple_of=64)
+    host: str = Field(default=ALL_INTERFACES, pattern=r"^[A-Za-z0-9.:-]{1,253}$")
     port: Port = DEFAULT_PORT
     log_salt: Optional[SecretStr] = Field(default=None, min_length=16)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
+    metrics_namespace: Optional[str] = Field(default=None, pattern=r"^[A-Za-z0-9._#:/-]{1,255}$")
 
     @field_validator("image_hosts", "trusted_hosts", mode="before")
     @classmethod
@@ -99,12 +115,27 @@ class Settings(BaseModel):
             raise ValueError("must be a comma-separated list of hosts, each with an optional :port")
         return hosts
 
+    @field_validator("api_keys", "cors_origins", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
     @field_validator("trusted_hosts")
     @classmethod
     def _ports_are_named(cls, hosts: Tuple[str, ...]) -> Tuple[str, ...]:
         if any(":" not in host or "*" in host for host in hosts):
             raise ValueError("must be a comma-separated list of host:port")
         return hosts
+
+    @model_validator(mode="after")
+    def _lines_with_metrics_are_written(self) -> Settings:
+        if self.metrics_namespace is None:
+            return self
+        if self.metrics_namespace.startswith("AWS/"):
+            raise ValueError("VTON_METRICS_NAMESPACE must not begin with AWS/, which is Amazon's own")
+        if self.log_level not in ("DEBUG", "INFO"):
+            raise ValueError("VTON_METRICS_NAMESPACE needs VTON_LOG_LEVEL INFO or DEBUG: metrics ride on such lines")
+        return self
 
     @model_validator(mode="after")
     def _one_place_for_results(self) -> Settings:

@@ -1,6 +1,7 @@
 """What the service says of itself: JSON log lines, metrics, and the time each stage took.
 
-One line per event, an event name and fields, never a sentence with values in it. No query strings, no user ids.
+One line per event, an event name and fields, never a sentence with values in it. No query strings, no user ids. Where a
+namespace is set, the last line of each request is one that CloudWatch makes metrics of (its embedded metric format).
 """
 
 from __future__ import annotations
@@ -15,19 +16,36 @@ import time
 import warnings
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TextIO
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from container.errors import Draining, NotReady, Overloaded, Refusal
 
 SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 600)
 QUERY = re.compile(r"(\w://[^\s?#]*)[?#]\S*")  # presigned URLs carry their signature behind the question mark
 MAX_FIELD_CHARACTERS = 2000
 CUT = " ... "
 
+OUTCOME = "outcome"  # the only dimension: each value of one is a metric of its own, to be paid for
+DONE, REFUSED, TURNED_AWAY, FAILED, LEFT = OUTCOMES = ("done", "refused", "turned_away", "failed", "left")
+AT_FAULT_IS_THE_CALLER = frozenset(refusal.code for refusal in Refusal.__subclasses__())
+AT_FAULT_IS_THE_LOAD = frozenset(outage.code for outage in (Overloaded, NotReady, Draining))
+REQUESTS = "requests"
+COUNTED_STAGES = ("queue", "fetch", "mask", "generate", "store", "total")
+METRIC_UNITS = {REQUESTS: "Count", **{f"{stage}_ms": "Milliseconds" for stage in COUNTED_STAGES}}
 
-def configure_logging(level: str, stream: TextIO = sys.stderr) -> None:
-    """Makes every log line of the process, libraries' included, one line of JSON on `stream`."""
+
+def configure_logging(level: str, stream: TextIO = sys.stderr, *, metrics_namespace: str | None = None) -> None:
+    """Makes every log line of the process, libraries' included, one line of JSON on `stream`.
+
+    Args:
+        level: the least severe level that is written; the ends of requests are "INFO".
+        stream: where to.
+        metrics_namespace: CloudWatch's, for the metrics of the requests; without one there are none in the log.
+    """
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -52,8 +70,9 @@ def configure_logging(level: str, stream: TextIO = sys.stderr) -> None:
         logging.getLogger(own_handlers).propagate = True
     logging.captureWarnings(True)
     warnings.simplefilter("default")
+    counted = [] if metrics_namespace is None else [partial(embed_metrics, metrics_namespace)]
     structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        processors=[*shared, *counted, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         wrapper_class=structlog.make_filtering_bound_logger(root.level),
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=False,
@@ -81,6 +100,42 @@ def _redacted(value: object) -> object:
         return text
     half = (MAX_FIELD_CHARACTERS - len(CUT)) // 2
     return text[:half] + CUT + text[-half:]  # a traceback names its error at the end
+
+
+def embed_metrics(
+    namespace: str, _logger: object, _method: str, event: MutableMapping[str, object]
+) -> MutableMapping[str, object]:
+    """Makes CloudWatch count the line, and its stage times, where it tells the end of a request.
+
+    Source: the CloudWatch embedded metric format: `_aws` names members of the same line.
+    """
+    outcome = _outcome(event)
+    if outcome is None:
+        return event
+    times = event.get("timings_ms")
+    spent = {f"{stage}_ms": ms for stage, ms in times.items()} if isinstance(times, dict) else {}
+    values = {REQUESTS: 1, **{name: ms for name, ms in spent.items() if name in METRIC_UNITS}}
+    directive = {
+        "Namespace": namespace,
+        "Dimensions": [[OUTCOME]],
+        "Metrics": [{"Name": name, "Unit": METRIC_UNITS[name]} for name in values],
+    }
+    meaning = {"Timestamp": time.time_ns() // 1_000_000, "CloudWatchMetrics": [directive]}
+    event.update({**values, OUTCOME: outcome, "_aws": meaning})
+    return event
+
+
+def _outcome(event: MutableMapping[str, object]) -> str | None:
+    """How the request ended whose last line this is; None for any other line."""
+    if event.get("event") == "request_done":
+        return DONE
+    if event.get("event") == "caller_left":
+        return LEFT
+    if event.get("event") != "request_failed":
+        return None
+    if event.get("code") in AT_FAULT_IS_THE_CALLER:
+        return REFUSED
+    return TURNED_AWAY if event.get("code") in AT_FAULT_IS_THE_LOAD else FAILED
 
 
 class Pseudonyms:

@@ -3,17 +3,29 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import re
+import signal
+import socket
+import subprocess
+import sys
 import time
 import warnings
+from pathlib import Path
 
 import pytest
+import requests
 import structlog
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from container.errors import Outage, Refusal
+from container.settings import Settings, SettingsError
 from container.telemetry import (
+    COUNTED_STAGES,
     MAX_FIELD_CHARACTERS,
+    METRIC_UNITS,
+    OUTCOMES,
     Metrics,
     Pseudonyms,
     StageTimes,
@@ -21,6 +33,7 @@ from container.telemetry import (
     redact,
 )
 
+SERVE = Path(__file__).resolve().parent.parent / "container" / "serve"
 SIGNED = "https://bucket.s3.amazonaws.com/users/7/row.jpg?X-Amz-Signature=5ecret&X-Amz-Expires=60"
 
 
@@ -45,6 +58,13 @@ def log():
     root.handlers[:], root.level = handlers, level
     structlog.contextvars.clear_contextvars()
     structlog.reset_defaults()
+
+
+@pytest.fixture
+def counted(log):
+    """The same, with the metrics of requests on the lines."""
+    configure_logging("INFO", log, metrics_namespace="vton/shop-realtime")
+    return log
 
 
 def fail(text):
@@ -267,3 +287,135 @@ def test_a_user_has_one_pseudonym_per_salt_and_another_in_every_process_without_
     assert re.fullmatch("[0-9a-f]{16}", salted.of("7"))
     assert Pseudonyms(None).of("7") != Pseudonyms(None).of("7")
     assert Pseudonyms("another salt, long").of("7") != salted.of("7")
+
+
+def end_a_request(event, **fields):
+    structlog.contextvars.bind_contextvars(request_id="r-1", user="0123456789abcdef")
+    structlog.get_logger().info(event, **fields)
+
+
+def metrics_of(line):
+    """Name to value and unit, as CloudWatch extracts them, and the dimensions with their values."""
+    meaning = line["_aws"]
+    (directive,) = meaning["CloudWatchMetrics"]
+    assert set(meaning) == {"Timestamp", "CloudWatchMetrics"}
+    assert set(directive) == {"Namespace", "Dimensions", "Metrics"}
+    assert directive["Namespace"] == "vton/shop-realtime"
+    (dimensions,) = directive["Dimensions"]
+    return {metric["Name"]: (line[metric["Name"]], metric["Unit"]) for metric in directive["Metrics"]}, {
+        name: line[name] for name in dimensions
+    }
+
+
+def test_the_end_of_a_request_is_a_metric_line_whose_names_are_members_of_the_same_object(counted):
+    end_a_request("request_done", timings_ms={"fetch": 12.5, "generate": 900.0, "prepare": 1.0, "total": 950.2})
+    metrics, dimensions = metrics_of(counted.line())
+    assert metrics == {
+        "requests": (1, "Count"),
+        "fetch_ms": (12.5, "Milliseconds"),
+        "generate_ms": (900.0, "Milliseconds"),
+        "total_ms": (950.2, "Milliseconds"),
+    }
+    assert dimensions == {"outcome": "done"}
+    assert counted.line()["timings_ms"]["prepare"] == 1.0
+
+
+def test_a_metric_line_has_the_time_in_milliseconds(counted):
+    before = time.time() * 1000 - 1
+    end_a_request("request_done")
+    assert before <= counted.line()["_aws"]["Timestamp"] <= time.time() * 1000 + 1
+    assert isinstance(counted.line()["_aws"]["Timestamp"], int)
+
+
+@pytest.mark.parametrize("code", [error.code for error in Refusal.__subclasses__()])
+def test_what_the_caller_did_wrong_counts_as_refused(counted, code):
+    end_a_request("request_failed", code=code)
+    assert metrics_of(counted.line()) == ({"requests": (1, "Count")}, {"outcome": "refused"})
+
+
+@pytest.mark.parametrize("code", sorted({error.code for error in Outage.__subclasses__()}))
+def test_what_we_did_wrong_counts_as_failed_unless_it_was_the_load(counted, code):
+    end_a_request("request_failed", code=code)
+    outcome = "turned_away" if code in ("overloaded", "not_ready", "draining") else "failed"
+    assert metrics_of(counted.line())[1] == {"outcome": outcome}
+
+
+def test_a_caller_who_left_is_counted_apart(counted):
+    end_a_request("caller_left")
+    assert metrics_of(counted.line())[1] == {"outcome": "left"}
+
+
+def test_a_traceback_on_the_line_leaves_it_a_metric_line(counted):
+    try:
+        fail("of the code")
+    except ValueError:
+        structlog.get_logger().exception("request_failed", code="internal")
+    assert metrics_of(counted.line())[1] == {"outcome": "failed"}
+    assert "of the code" in counted.line()["exception"]
+
+
+def test_no_value_of_a_caller_is_a_dimension(counted):
+    end_a_request("request_failed", code="internal", outcome="mine", custom_attributes="a" * 1024)
+    metrics, dimensions = metrics_of(counted.line())
+    assert set(dimensions.values()) <= set(OUTCOMES)
+    assert set(metrics) <= set(METRIC_UNITS)
+
+
+def test_any_other_line_and_a_librarys_with_the_same_words_carry_no_metrics(counted):
+    structlog.get_logger().info("ready")
+    logging.getLogger("some.library").info("request_done")
+    assert ["_aws" in line for line in counted.lines()] == [False, False]
+
+
+def test_without_a_namespace_no_line_carries_metrics(log):
+    end_a_request("request_done", timings_ms={"total": 1.0})
+    assert not {"_aws", "outcome", "requests", "total_ms"} & set(log.line())
+
+
+def test_the_stages_that_are_counted_are_stages():
+    times = StageTimes()
+    for stage in COUNTED_STAGES:
+        times.add(stage, 1.0)
+    assert set(METRIC_UNITS) == {"requests", *(f"{stage}_ms" for stage in times.milliseconds())}
+
+
+def test_the_real_process_ends_a_request_with_a_metric_line(tmp_path):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    own = {
+        "VTON_OUTPUT_DIR": str(tmp_path),
+        "VTON_PORT": str(port),
+        "VTON_METRICS_NAMESPACE": "vton/shop-realtime",
+        "OMP_NUM_THREADS": "1",
+    }
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("VTON_", "SAGEMAKER_"))}
+    written = tmp_path / "serve.log"
+    with written.open("wb") as log:
+        process = subprocess.Popen([sys.executable, str(SERVE)], env={**clean, **own}, stderr=log)
+    try:
+        assert post_when_it_listens(f"http://127.0.0.1:{port}/invocations", b"no JSON", 60) == 400
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait(10)
+    (line,) = [line for line in map(json.loads, written.read_text().splitlines()) if "_aws" in line]
+    assert metrics_of(line) == ({"requests": (1, "Count")}, {"outcome": "refused"})
+
+
+def post_when_it_listens(url, body, limit_s):
+    ends = time.monotonic() + limit_s
+    while True:
+        try:
+            return requests.post(url, body, headers={"Content-Type": "application/json"}, timeout=10).status_code
+        except requests.exceptions.ConnectionError:
+            if time.monotonic() > ends:
+                raise
+            time.sleep(0.05)
+
+
+def test_metrics_need_the_lines_that_they_ride_on():
+    with pytest.raises(SettingsError, match="needs VTON_LOG_LEVEL INFO"):
+        Settings.from_env({"VTON_METRICS_NAMESPACE": "vton/shop", "SAGEMAKER_CONTAINER_LOG_LEVEL": "30"})
+    assert Settings.from_env({"VTON_METRICS_NAMESPACE": "vton/shop"}).metrics_namespace == "vton/shop"
