@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Mapping
 from concurrent.futures import Executor
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -39,12 +40,15 @@ class Defaults:
         guidance: guidance scale.
         join: how top and bottom become one garment.
         key_prefix: what every key begins with.
+        width, height: of the pictures that the model makes, px.
     """
 
     steps: int
     guidance: float
     join: Literal["clean", "legacy"] = "clean"
     key_prefix: str = ""
+    width: int = MODEL_WIDTH
+    height: int = MODEL_HEIGHT
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,23 @@ class Pictures:
     person: Image
     garments: list[Image]
     mask: Image
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished picture as a file, not yet stored.
+
+    Attributes:
+        content: the file, in the format that the request named.
+        facts: what is stored with it: `job_id`, `seed`, `width`, `height`, `engine`, `mask_source`.
+        cache: where an automatic mask came from ("hit" or "miss"), or None.
+        timings_ms: of each stage, once the request is at its end.
+    """
+
+    content: bytes
+    facts: dict[str, str]
+    cache: str | None
+    timings_ms: Mapping[str, float] = field(default_factory=dict)
 
 
 class TryOnService:
@@ -107,24 +128,51 @@ class TryOnService:
             Abandoned: the caller left before the picture was begun.
         """
         times = StageTimes()
-        request = request.with_defaults(steps=self._defaults.steps, guidance=self._defaults.guidance)
-        if request.mask_image_url is None and not self._masker.available:
-            raise InvalidRequest("no automatic masker is configured", field="mask_image_url")
+        request = self._complete(request)
         with self._keys.hold(f"{request.userId}/{request.timestamp}", deadline):
             stored, cache = self._stored(request), None
             if stored is None:
-                contents = self._fetch(request, deadline, times)
-                pictures, cache = self._pictures(request, contents, deadline, times, context)
-                with times.measure("prepare"):
-                    inputs = prepare(pictures, self._defaults.join)
-                settings = _generation_settings(request)
-                result = self._generate(inputs, settings, deadline, times, context)
-                image = _composite(request, pictures, inputs, result, times)
-                stored = self._store(request, image, settings.seed, times)
+                finished = self._make(request, deadline, times, context)
+                stored, cache = self._store(request, finished, times), finished.cache
             with times.measure("notify"):
                 self._notifier.send(completion(request, stored, self._storage.bucket, context))
         self._metrics.observe(times)
         return _answer(stored, self._storage.bucket, cache, times)
+
+    def picture(self, request: TryOnRequest, deadline: float, context: CallContext) -> Finished:
+        """The finished try-on itself, for a caller who keeps it: nothing is stored and nobody is told.
+
+        Args and raises as `run`.
+        """
+        times = StageTimes()
+        finished = self._make(self._complete(request), deadline, times, context)
+        self._metrics.observe(times)
+        return replace(finished, timings_ms=times.milliseconds())
+
+    def _complete(self, request: TryOnRequest) -> TryOnRequest:
+        if request.mask_image_url is None and not self._masker.available:
+            raise InvalidRequest("no automatic masker is configured", field="mask_image_url")
+        return request.with_defaults(steps=self._defaults.steps, guidance=self._defaults.guidance)
+
+    def _make(self, request: TryOnRequest, deadline: float, times: StageTimes, context: CallContext) -> Finished:
+        contents = self._fetch(request, deadline, times, context)
+        pictures, cache = self._pictures(request, contents, deadline, times, context)
+        with times.measure("prepare"):
+            inputs = prepare(pictures, self._defaults.join, self._defaults.width, self._defaults.height)
+        settings = _generation_settings(request, inputs)
+        result = self._generate(inputs, settings, deadline, times, context)
+        image = _composite(request, pictures, inputs, result, times)
+        with times.measure("encode"):
+            content = encode(image, request.output_format, request.output_quality)
+        facts = {
+            "job_id": request.job_id(),
+            "seed": str(settings.seed),
+            "width": str(image.shape[1]),
+            "height": str(image.shape[0]),
+            "engine": self._worker.engine_name,
+            "mask_source": MASK_AUTO if request.mask_image_url is None else MASK_GIVEN,
+        }
+        return Finished(content, facts, cache)
 
     def _stored(self, request: TryOnRequest) -> StoredObject | None:
         """What an earlier run of this job stored; a result in any format takes the user's timestamp."""
@@ -134,16 +182,13 @@ class TryOnService:
                 return same_job(found, request.job_id())
         return None
 
-    def _fetch(self, request: TryOnRequest, deadline: float, times: StageTimes) -> list[bytes]:
+    def _fetch(self, request: TryOnRequest, deadline: float, times: StageTimes, context: CallContext) -> list[bytes]:
         """The bytes of person, garments and mask, in that order, fetched side by side; a mask only where given."""
         refs = [request.person_image_url, *request.garment_urls()]
         if request.mask_image_url is not None:
             refs.append(request.mask_image_url)
         with times.measure("fetch"):
-            under_way = [
-                self._fetch_pool.submit(self._fetcher.fetch, ref, user_id=request.userId, deadline=deadline)
-                for ref in refs
-            ]
+            under_way = [self._fetch_pool.submit(self._file, ref, request.userId, deadline, context) for ref in refs]
             try:
                 return [future.result(timeout=max(0.0, deadline - time.monotonic())) for future in under_way]
             except FutureTimeout as exc:
@@ -151,6 +196,11 @@ class TryOnService:
             finally:
                 for future in under_way:
                     future.cancel()
+
+    def _file(self, ref: str, user_id: str, deadline: float, context: CallContext) -> bytes:
+        if ref in context.uploads:
+            return context.uploads[ref]
+        return self._fetcher.fetch(ref, user_id=user_id, deadline=deadline)
 
     def _pictures(
         self, request: TryOnRequest, contents: list[bytes], deadline: float, times: StageTimes, context: CallContext
@@ -162,7 +212,7 @@ class TryOnService:
             return Pictures(person, others[:-1], others[-1]), None
         made = self._masker.masks(contents[0], person, deadline, times, context.is_wanted)
         mask = made.masks[request.cloth_type]
-        if not _mask_at(mask, MODEL_WIDTH, MODEL_HEIGHT).any():
+        if not _mask_at(mask, self._defaults.width, self._defaults.height).any():
             raise PersonNotFound(f"nothing to repaint for {request.cloth_type} where the model looks")
         return Pictures(person, others, mask), made.cache
 
@@ -192,46 +242,40 @@ class TryOnService:
         times.add("generate", generation.generated_s)
         return generation.image
 
-    def _store(self, request: TryOnRequest, image: Image, seed: int, times: StageTimes) -> StoredObject:
-        with times.measure("encode"):
-            content = encode(image, request.output_format, request.output_quality)
-        facts = {
-            "job_id": request.job_id(),
-            "seed": str(seed),
-            "width": str(image.shape[1]),
-            "height": str(image.shape[0]),
-            "engine": self._worker.engine_name,
-            "mask_source": MASK_AUTO if request.mask_image_url is None else MASK_GIVEN,
-        }
+    def _store(self, request: TryOnRequest, finished: Finished, times: StageTimes) -> StoredObject:
         with times.measure("store"):
             _, content_type = FILE_OF[request.output_format]
-            return self._storage.put(key_for(request, self._defaults.key_prefix), content, content_type, facts)
+            key = key_for(request, self._defaults.key_prefix)
+            return self._storage.put(key, finished.content, content_type, finished.facts)
 
 
-def prepare(pictures: Pictures, join: Literal["clean", "legacy"]) -> TryOnInputs:
+def prepare(
+    pictures: Pictures, join: Literal["clean", "legacy"], width: int = MODEL_WIDTH, height: int = MODEL_HEIGHT
+) -> TryOnInputs:
     """The pictures at the model's size: the person cropped, top and bottom made one garment, the mask black and white.
 
     Raises:
         MaskInvalid: all black or all white.
     """
-    person = geometry.crop_resize(Pillow.fromarray(pictures.person), MODEL_WIDTH, MODEL_HEIGHT)
-    mask = _mask_at(pictures.mask, MODEL_WIDTH, MODEL_HEIGHT)
+    person = geometry.crop_resize(Pillow.fromarray(pictures.person), width, height)
+    mask = _mask_at(pictures.mask, width, height)
     if not mask.any() or mask.all():
         raise MaskInvalid("all black or all white at the model's size")
     garment = pictures.garments[0]
     if len(pictures.garments) > 1:
         upper, lower = pictures.garments
         garment = geometry.join_garments(upper, lower, join)
-    fitted = geometry.fit_pad(Pillow.fromarray(garment), MODEL_WIDTH, MODEL_HEIGHT)
+    fitted = geometry.fit_pad(Pillow.fromarray(garment), width, height)
     return TryOnInputs(np.asarray(person), np.asarray(fitted), mask)
 
 
-def _generation_settings(request: TryOnRequest) -> GenerationSettings:
+def _generation_settings(request: TryOnRequest, inputs: TryOnInputs) -> GenerationSettings:
     steps, guidance = request.num_inference_steps, request.guidance_scale
     if steps is None or guidance is None:
         raise ValueError("the request's defaults are still open")
     seed = secrets.randbelow(MAX_SEED) if request.seed == RANDOM_SEED else request.seed
-    return GenerationSettings(steps, guidance, seed, MODEL_WIDTH, MODEL_HEIGHT)
+    height, width = inputs.mask.shape
+    return GenerationSettings(steps, guidance, seed, width, height)
 
 
 def _composite(
@@ -241,7 +285,7 @@ def _composite(
     with times.measure("composite"):
         repaint = request.composite == "repaint"
         if request.output_size == "person":
-            return geometry.paste_back(pictures.person, result, _mask_of_photo(pictures) if repaint else None)
+            return geometry.paste_back(pictures.person, result, _mask_of_photo(pictures, inputs) if repaint else None)
         return geometry.repaint(inputs.person, result, inputs.mask) if repaint else result
 
 
@@ -251,10 +295,11 @@ def _mask_at(mask: Image, width: int, height: int) -> Image:
     return geometry.binarise(np.asarray(geometry.crop_resize(Pillow.fromarray(mask), width, height, resample=nearest)))
 
 
-def _mask_of_photo(pictures: Pictures) -> Image:
+def _mask_of_photo(pictures: Pictures, inputs: TryOnInputs) -> Image:
     """The mask at the photo's own size: nothing is repainted beside the part that the model saw."""
     height, width = pictures.person.shape[:2]
-    left, top, right, bottom = geometry.crop_box(width, height, MODEL_WIDTH, MODEL_HEIGHT)
+    model_height, model_width = inputs.mask.shape
+    left, top, right, bottom = geometry.crop_box(width, height, model_width, model_height)
     mask = np.zeros((height, width), np.uint8)
     mask[top:bottom, left:right] = _mask_at(pictures.mask, right - left, bottom - top)
     return mask

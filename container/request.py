@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Callable, Dict, List, Literal, Mapping, Optional, Tuple, Type, TypeVar, Union, get_args
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
@@ -136,12 +136,20 @@ _Request = TypeVar("_Request", TryOnRequest, MaskRequest)
 
 @dataclass(frozen=True)
 class CallContext:
-    """What the platform says about a call, beside its body; `is_wanted` turns False when the caller has left."""
+    """What comes with a call, beside its fields.
+
+    Attributes:
+        request_id: for the log and for errors.
+        inference_id, custom_attributes: what the platform was told, if anything.
+        is_wanted: turns False when the caller has left.
+        uploads: the files that came with the call, by the references (`upload_reference`) that its fields name.
+    """
 
     request_id: str
     inference_id: Optional[str] = None
     custom_attributes: Optional[str] = None
     is_wanted: Callable[[], bool] = lambda: True
+    uploads: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -179,6 +187,11 @@ class MaskResult:
 
 
 AnyResult = Union[TryOnResult, MaskResult]
+
+
+def upload_reference(content: bytes) -> str:
+    """What stands in a field for a file that came with the call: the same bytes make the same job."""
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 def answer(result: AnyResult) -> Dict[str, Any]:

@@ -14,6 +14,8 @@ import structlog
 import uvicorn
 from fastapi import FastAPI
 
+from container.gate import Gate
+from container.rest_api import add_rest
 from container.settings import Settings, SettingsError
 from container.telemetry import configure_logging
 from container.vton_api import create_app
@@ -86,7 +88,7 @@ def main(environ: Mapping[str, str] | None = None) -> int:
     """
     try:
         settings = Settings.from_env(os.environ if environ is None else environ).require_a_place_for_results()
-        configure_logging(settings.log_level)
+        configure_logging(settings.log_level, metrics_namespace=settings.metrics_namespace)
         app = build(settings)
     except SettingsError as exc:
         sys.stderr.write(f"start refused: {exc}\n")
@@ -94,16 +96,25 @@ def main(environ: Mapping[str, str] | None = None) -> int:
     log.info("starting", **settings.model_dump(mode="json"))
     if settings.trusted_hosts:
         log.warning("trusted_hosts", hosts=settings.trusted_hosts, why="private addresses, plain http: local work only")
-    status = serve(create_app(app), app)
+    status = serve(doors(app), app)
     logging.shutdown()
     os._exit(status)
 
 
+def doors(app: App) -> FastAPI:
+    """The doors that the settings open."""
+    gate = Gate(app.settings)
+    api = create_app(app, gate)
+    if app.settings.rest:
+        add_rest(api, app, gate)
+    return api
+
+
 def serve(api: FastAPI, app: App) -> int:
-    """Serves on all interfaces until SIGTERM; the exit status."""
+    """Serves until SIGTERM; the exit status."""
     config = uvicorn.Config(
         api,
-        host="0.0.0.0",  # noqa: S104 - the platform reaches a container from outside
+        host=app.settings.host,
         port=app.settings.port,
         http="h11",
         lifespan="off",

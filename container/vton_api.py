@@ -12,10 +12,11 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Awaitable
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Callable
+from typing import Any, Callable, TypeVar
 
 import structlog
 from fastapi import FastAPI, Request, Response
@@ -40,6 +41,7 @@ from container.errors import (
     TryOnError,
     UnsupportedContentType,
 )
+from container.gate import Gate
 from container.request import (
     AnyRequest,
     AnyResult,
@@ -66,20 +68,27 @@ INFERENCE_ID_TEXT = re.compile(r"[\x20-\x7e]{1,64}")
 CUSTOM_ATTRIBUTES_TEXT = re.compile(r"[\x20-\x7e]{1,1024}")
 
 log = structlog.get_logger()
+_Result = TypeVar("_Result")
 
 
-def create_app(app: App) -> FastAPI:
-    """The ASGI application in front of a wired service."""
+def create_app(app: App, gate: Gate | None = None) -> FastAPI:
+    """The ASGI application in front of a wired service.
+
+    Args:
+        app: the service.
+        gate: who may call /invocations; by default what the settings say.
+    """
+    gate = gate or Gate(app.settings)
     docs = {} if app.settings.docs else {"openapi_url": None, "docs_url": None, "redoc_url": None}
     api = FastAPI(title="vton", redirect_slashes=False, **docs)  # type: ignore[arg-type]
 
     @api.get("/ping", response_class=Response, responses=_errors({503}))
     async def ping() -> Response:
-        return answer_error(error, _request_id(None)) if (error := _not_serving(app)) else Response(status_code=200)
+        return answer_error(error, _request_id(None)) if (error := not_serving(app)) else Response(status_code=200)
 
     @api.post("/invocations", **(_description() if app.settings.docs else {}))
     async def invocations(request: Request) -> Response:
-        return await _answered(app, request, partial(_invoke, app, request))
+        return await answered(app, request, partial(_invoke, app, gate, request))
 
     @api.get("/execution-parameters")
     async def execution_parameters() -> dict[str, object]:
@@ -194,8 +203,20 @@ async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes
         raise RequestTimeout(f"after {timeout_s} s") from exc
 
 
-async def _answered(app: App, request: Request, handle: Callable[[str], Awaitable[Response]]) -> Response:
-    """The response, well or not, and the one log line at the end of every request."""
+async def answered(
+    app: App,
+    request: Request,
+    handle: Callable[[str], Awaitable[Response]],
+    answer_failure: Callable[[TryOnError, str], Response] = answer_error,
+) -> Response:
+    """The response, well or not, and the one log line at the end of every request.
+
+    Args:
+        app: counts and observes.
+        request: names its id, or gets one.
+        handle: makes the response, given that id.
+        answer_failure: makes the response to an error, given that id.
+    """
     request_id = _request_id(request.headers.get(INFERENCE_ID))
     structlog.contextvars.bind_contextvars(request_id=request_id)
     began = time.monotonic()
@@ -206,7 +227,7 @@ async def _answered(app: App, request: Request, handle: Callable[[str], Awaitabl
         code = exc.code
         level = log.info if isinstance(exc, Refusal) else log.warning
         level("request_failed", code=code, detail=str(exc), field=exc.field)
-        return answer_error(exc, request_id)
+        return answer_failure(exc, request_id)
     except Abandoned:
         code = CALLER_LEFT
         log.info("caller_left")
@@ -214,18 +235,24 @@ async def _answered(app: App, request: Request, handle: Callable[[str], Awaitabl
     except asyncio.CancelledError:  # the server does that to what is not done when its time to drain is over
         code = Draining.code
         log.warning("request_failed", code=code, detail="cut off by the end of the process")
-        return answer_error(Draining(retry_after_s=1), request_id)
+        return answer_failure(Draining(retry_after_s=1), request_id)
     except Exception:
         code = Internal.code
         log.exception("request_failed", code=code)
-        return answer_error(Internal(), request_id)
+        return answer_failure(Internal(), request_id)
     finally:
         app.metrics.requests.labels(code).inc()
         app.metrics.request_seconds.observe(time.monotonic() - began)
         structlog.contextvars.clear_contextvars()
 
 
-async def _invoke(app: App, request: Request, request_id: str) -> Response:
+def enter(gate: Gate, request: Request) -> None:
+    """Lets the caller of a request in; raises what the gate raises."""
+    gate.enter(request.headers, request.client.host if request.client else "")
+
+
+async def _invoke(app: App, gate: Gate, request: Request, request_id: str) -> Response:
+    enter(gate, request)
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise UnsupportedContentType()
@@ -233,22 +260,29 @@ async def _invoke(app: App, request: Request, request_id: str) -> Response:
     context = _context(request, request_id)
     asked = parse(loads(body))
     structlog.contextvars.bind_contextvars(user=app.pseudonyms.of(asked.userId))
-    if (error := _not_serving(app)) is not None:
+    if (error := not_serving(app)) is not None:
         raise error
     deadline = time.monotonic() + app.settings.deadline_s
-    leaving = asyncio.create_task(_until_it_leaves(request))
-    context = replace(context, is_wanted=lambda: not leaving.done())
-    try:
-        result = await _run_admitted(app, partial(_run, app, asked, deadline, context))
-    finally:
-        leaving.cancel()
+    async with wanted(request) as is_wanted:
+        context = replace(context, is_wanted=is_wanted)
+        result = await run_admitted(app, partial(_run, app, asked, deadline, context))
     log.info("request_done", **_summary(result), custom_attributes=context.custom_attributes)
     headers = {CUSTOM_ATTRIBUTES: context.custom_attributes} if context.custom_attributes else {}
     return JSONResponse(answer(result), headers=headers)
 
 
+@asynccontextmanager
+async def wanted(request: Request) -> AsyncIterator[Callable[[], bool]]:
+    """Inside the block: whether the caller, whose whole body was read, is still there."""
+    leaving = asyncio.create_task(_until_it_leaves(request))
+    try:
+        yield lambda: not leaving.done()
+    finally:
+        leaving.cancel()
+
+
 async def _until_it_leaves(request: Request) -> None:
-    """Returns when the caller, whose whole body was read, closes the connection."""
+    """Returns when the caller closes the connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -259,7 +293,7 @@ def _run(app: App, asked: AnyRequest, deadline: float, context: CallContext) -> 
     return app.service.run(asked, deadline, context)
 
 
-async def _run_admitted(app: App, run: Callable[[], AnyResult]) -> AnyResult:
+async def run_admitted(app: App, run: Callable[[], _Result]) -> _Result:
     """Runs on a thread of the request pool, in one of the places that admission counts."""
     app.admission.enter()
     try:
@@ -269,7 +303,8 @@ async def _run_admitted(app: App, run: Callable[[], AnyResult]) -> AnyResult:
         app.admission.leave()
 
 
-def _not_serving(app: App) -> TryOnError | None:
+def not_serving(app: App) -> TryOnError | None:
+    """Why no request can be taken now, or None."""
     if app.admission.draining:
         return Draining(retry_after_s=1)
     if app.worker.device_failed:

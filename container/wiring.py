@@ -7,6 +7,7 @@ import warnings
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable
 
@@ -20,7 +21,7 @@ from botocore.exceptions import BotoCoreError
 from container.decoder import Decoder, ProcessDecoder
 from container.fetch import ByScheme, Fetcher, HostPolicy, HttpsFetcher, S3Fetcher
 from container.get_masks import MaskService
-from container.get_vton import MODEL_HEIGHT, MODEL_WIDTH, Defaults, TryOnService
+from container.get_vton import Defaults, TryOnService
 from container.notify import Notifier, NullNotifier, SqsNotifier
 from container.person_masks import PersonMasker
 from container.settings import Settings, SettingsError
@@ -105,7 +106,8 @@ def build(settings: Settings, *, fetcher: Fetcher | None = None, progress: bool 
         notifier=_notifier(results),
         mask_notifier=_notifier(masks),
     )
-    return assemble(settings, ports, _loader(settings, ports.storage, progress), _warm_up)
+    warm_up = partial(_warm_up, settings.width, settings.height)
+    return assemble(settings, ports, _loader(settings, ports.storage, progress), warm_up)
 
 
 def assemble(settings: Settings, ports: Ports, load: Callable[[], Models], warm_up: Callable[[Models], None]) -> App:
@@ -123,7 +125,14 @@ def assemble(settings: Settings, ports: Ports, load: Callable[[], Models], warm_
         masker=masker,
         storage=ports.storage,
         notifier=ports.notifier,
-        defaults=Defaults(settings.steps, settings.guidance, settings.garment_join, settings.key_prefix),
+        defaults=Defaults(
+            steps=settings.steps,
+            guidance=settings.guidance,
+            join=settings.garment_join,
+            key_prefix=settings.key_prefix,
+            width=settings.width,
+            height=settings.height,
+        ),
         fetch_pool=ThreadPoolExecutor(FETCHES_PER_REQUEST * settings.max_in_flight, "fetch"),
         metrics=metrics,
     )
@@ -146,6 +155,18 @@ def https_fetcher(settings: Settings) -> Fetcher:
     policy = HostPolicy(settings.image_hosts, settings.trusted_hosts)
     pool = ThreadPoolExecutor(FETCHES_PER_REQUEST * settings.max_in_flight, "resolve")
     return HttpsFetcher(policy, pool)
+
+
+def s3_client(connections: int) -> S3Client:
+    """A client of S3 with that many connections; keys, region and place are boto3's settings.
+
+    Raises:
+        SettingsError: S3 cannot be addressed with them.
+    """
+    try:
+        return _session().client("s3", config=AWS.merge(Config(max_pool_connections=connections)))
+    except BotoCoreError as exc:
+        raise SettingsError(f"S3 cannot be addressed: {exc}") from exc
 
 
 def _fetcher(settings: Settings) -> Fetcher:
@@ -214,12 +235,12 @@ def _loader(settings: Settings, storage: Storage, progress: bool) -> Callable[[]
     return load
 
 
-def _warm_up(models: Models) -> None:
+def _warm_up(width: int, height: int, models: Models) -> None:
     """One small throw-away picture, at the size of the real ones; a masker finds nobody on it."""
-    grey = np.full((MODEL_HEIGHT, MODEL_WIDTH, 3), 128, np.uint8)
-    mask = np.zeros((MODEL_HEIGHT, MODEL_WIDTH), np.uint8)
-    mask[MODEL_HEIGHT // 4 : MODEL_HEIGHT // 2] = 255
-    settings = GenerationSettings(WARM_UP_STEPS, 2.0, 0, MODEL_WIDTH, MODEL_HEIGHT)
+    grey = np.full((height, width, 3), 128, np.uint8)
+    mask = np.zeros((height, width), np.uint8)
+    mask[height // 4 : height // 2] = 255
+    settings = GenerationSettings(WARM_UP_STEPS, 2.0, 0, width, height)
     models.engine.generate(TryOnInputs(grey, grey, mask), settings)
     if models.masker is not None:
         with suppress(PersonNotFound):

@@ -253,7 +253,7 @@ class Stage:
 
     def _start_embedded(self) -> Service:
         began = time.monotonic()
-        service = start("embedded", self.new_folder("embedded"), self.environment())
+        service = start("embedded", self.new_folder("embedded"), self.environment(VTON_REST="1"))
         with pinging(service.port) as pings:
             service.wait_until_ready()
         service.seconds_to_ready, service.pings = time.monotonic() - began, pings

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import sys
 from pathlib import Path
+from typing import Any
+
+from urllib3.filepost import encode_multipart_formdata
 
 from ..pictures import good_files, pixels_of
 from ..registry import not_applicable, row
@@ -38,7 +42,20 @@ def same_by_every_door(stage: Stage) -> str:
         assert by_command[name] == by_http[name], f"{name}: {by_command[name]} and {by_http[name]}"
     one, other = pixels_of(output.read_bytes()), pixels_of(stage.stored(by_http["object_key"]))
     assert (one == other).all(), "the pixels differ"
-    return "shortened: SageMaker and the command line; there are no REST and no RunPod doors yet"
+    _same_by_rest(stage, fields, by_http)
+    return "shortened: SageMaker, REST and the command line; there is no RunPod door yet"
+
+
+def _same_by_rest(stage: Stage, fields: dict[str, object], by_http: dict[str, Any]) -> None:
+    """The REST door answers with the bytes that the other one stored."""
+    names = {"person_image": "person", "cloth_image": "upper", "mask_image": "mask"}
+    form = {name: str(fields[FIELD_OF[role]]) for name, role in names.items()}
+    form.update({name: str(fields[name]) for name in ("userId", "timestamp", "cloth_type", "output_format")})
+    body, content_type = encode_multipart_formdata({**form, "num_inference_steps": "2"})
+    answer = stage.keep(stage.embedded.call("POST", "/api/try-on", body, {"Content-Type": content_type}))
+    assert answer.status == 200, answer.content[:300]
+    assert answer.headers["x-job-id"] == by_http["job_id"]
+    assert base64.b64decode(answer.json()["imageBase64"]) == stage.stored(by_http["object_key"]), "the bytes differ"
 
 
 @row("R05", lane="models")

@@ -1,0 +1,384 @@
+"""The REST door over a real socket, in front of a stand-in engine."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+import requests
+from stand_in import (
+    FakeFetcher,
+    RecordingNotifier,
+    StandInEngine,
+    StandInMasker,
+    running_app,
+    usual_files,
+    usual_request,
+)
+
+import container.rest_api
+from container.fetch import MAX_BYTES
+from container.server import doors
+from container.settings import Settings, SettingsError
+from deploy.demo import http_server
+from model.interface import DeviceFailed, OutOfMemory
+
+KEYS = ("k" * 16, "l" * 20)
+FILES = usual_files()
+
+
+class Door:
+    """A served app and what stands behind it."""
+
+    def __init__(self, url, app, engine, fetcher, notifier, folder):
+        self.url, self.app, self.engine, self.fetcher = url, app, engine, fetcher
+        self.notifier, self.folder = notifier, folder
+
+    def ask(self, files=None, data=None, **headers):
+        files = {"person_image": FILES["person.png"], "cloth_image": FILES["upper.png"]} if files is None else files
+        return requests.post(f"{self.url}/api/try-on", files=files, data=data or {}, headers=headers, timeout=20)
+
+    def health(self):
+        answer = requests.get(f"{self.url}/health", timeout=5)
+        return answer.status_code, answer.json()["status"], answer.json()["message"]
+
+
+@contextmanager
+def opened(tmp_path, **settings):
+    engine, fetcher, notifier = StandInEngine(), FakeFetcher(), RecordingNotifier()
+    ports = {"engine": engine, "fetcher": fetcher, "notifier": notifier, "masker": StandInMasker()}
+    with running_app(tmp_path, **ports, rest=True, **settings) as app, http_server(doors(app)) as url:
+        yield Door(url, app, engine, fetcher, notifier, tmp_path)
+        assert app.admission.taken == 0
+
+
+@pytest.fixture
+def door(tmp_path):
+    with opened(tmp_path) as door:
+        yield door
+
+
+def refused(response, status, code):
+    told = response.json()
+    assert (response.status_code, told["code"]) == (status, code), told
+    assert set(told) == {"detail", "code", "retryable", "request_id"}
+    return told["detail"]
+
+
+# --- the document's own calls
+
+
+def test_health(door):
+    assert door.health() == (200, "healthy", "Service is ready")
+
+
+def test_a_form_with_two_files_is_answered_with_the_picture(door):
+    answer = door.ask(data={"cloth_type": "upper", "num_inference_steps": 50, "guidance_scale": 2.5})
+    assert answer.status_code == 200
+    assert set(answer.json()) == {"success", "imageBase64", "message"}
+    assert (answer.json()["success"], answer.json()["message"]) == (True, "Try-on completed successfully")
+    assert base64.b64decode(answer.json()["imageBase64"], validate=True).startswith(b"\xff\xd8")
+    assert answer.headers["X-Seed"] == "42"
+
+
+def test_nothing_is_fetched_stored_or_told(door):
+    assert door.ask().status_code == 200
+    assert not door.fetcher.asked
+    assert not door.notifier.events
+    assert not any(door.folder.iterdir())
+
+
+def test_the_defaults_are_the_documents(door):
+    door.ask()
+    settings = door.engine.made[-1]
+    assert (settings.steps, settings.guidance, settings.seed) == (50, 2.5, 42)
+
+
+def test_seed_minus_one_draws_one_and_says_which(door):
+    seeds = {door.ask(data={"seed": "-1"}).headers["X-Seed"] for _ in range(2)}
+    assert len(seeds) == 2
+
+
+# --- one core behind all doors
+
+
+def test_the_same_request_makes_the_same_job_and_the_same_picture_through_both_doors(door):
+    fields = usual_request(cloth_type="overall", output_format="jpeg", num_inference_steps=50, guidance_scale=2.5)
+    stored = requests.post(f"{door.url}/invocations", json=fields, timeout=20).json()
+    form = {
+        "person_image": fields["person_image_url"],
+        "cloth_image": fields["upper_cloth_url"],
+        "lower_cloth_image": fields["lower_cloth_url"],
+        "mask_image": fields["mask_image_url"],
+        **{name: fields[name] for name in ("cloth_type", "userId", "timestamp")},
+    }
+    answer = door.ask(files={name: (None, value) for name, value in form.items()})
+    assert answer.headers["X-Job-Id"] == stored["job_id"]
+    assert base64.b64decode(answer.json()["imageBase64"]) == (door.folder / stored["object_key"]).read_bytes()
+
+
+def test_the_same_files_make_the_same_job_whatever_they_are_called(door):
+    named = door.ask(files={"person_image": ("a.png", FILES["person.png"]), "cloth_image": ("b", FILES["upper.png"])})
+    other = door.ask(files={"person_image": FILES["upper.png"], "cloth_image": FILES["upper.png"]})
+    assert named.headers["X-Job-Id"] == door.ask().headers["X-Job-Id"] != other.headers["X-Job-Id"]
+
+
+def test_a_reference_to_a_file_that_did_not_come_along_is_no_url(tmp_path):
+    digest = hashlib.sha256(FILES["person.png"]).hexdigest()
+    with opened(tmp_path) as door:
+        door.fetcher.files = {}
+        answer = door.ask(files={"person_image": (None, f"sha256:{digest}"), "cloth_image": FILES["upper.png"]})
+        refused(answer, 422, "image_not_found")  # the stand-in fetcher's; the real one refuses the scheme
+
+
+@pytest.mark.parametrize(
+    ("kind", "files", "used"),
+    [
+        ("upper", ("cloth_image",), {"upper_cloth_url"}),
+        ("lower", ("cloth_image",), {"lower_cloth_url"}),
+        ("overall", ("cloth_image",), {"overall_cloth_url"}),
+        ("overall", ("cloth_image", "lower_cloth_image"), {"upper_cloth_url", "lower_cloth_url"}),
+    ],
+)
+def test_a_garment_takes_the_place_that_its_type_has(kind, files, used):
+    form = {"person_image": "p", "cloth_type": kind, **dict.fromkeys(files, "c")}
+    made = container.rest_api.request_of(form)
+    assert {name for name in ("upper_cloth_url", "lower_cloth_url", "overall_cloth_url") if getattr(made, name)} == used
+
+
+def test_a_mask_that_came_along_is_used(door):
+    answer = door.ask(
+        files={
+            "person_image": FILES["person.png"],
+            "cloth_image": FILES["upper.png"],
+            "mask_image": FILES["mask.png"],
+        }
+    )
+    assert answer.status_code == 200
+    assert door.ask().headers["X-Job-Id"] != answer.headers["X-Job-Id"]
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("data", "field"),
+    [
+        ({"num_inference_steps": "many"}, "num_inference_steps"),
+        ({"num_inference_steps": "101"}, "num_inference_steps"),
+        ({"num_inference_steps": "5e1"}, "num_inference_steps"),
+        ({"guidance_scale": "nan"}, "guidance_scale"),
+        ({"seed": "-2"}, "seed"),
+        ({"seed": "9" * 30}, "seed"),
+        ({"cloth_type": "hat"}, "cloth_type"),
+        ({"cloth_type": "upper", "lower_cloth_image": "https://images.example/lower.png"}, "lower_cloth_image"),
+        ({"colour": "red"}, "colour"),
+        ({"userId": "../x"}, "userId"),
+    ],
+)
+def test_a_wrong_field_is_named_and_nothing_runs(door, data, field):
+    detail = refused(door.ask(data=data), 422, "invalid_request")
+    assert field in detail
+    assert not door.engine.made
+
+
+@pytest.mark.parametrize("missing", ["person_image", "cloth_image"])
+def test_a_missing_picture_is_named(door, missing):
+    files = {name: FILES["person.png"] for name in ("person_image", "cloth_image") if name != missing}
+    assert missing in refused(door.ask(files=files), 422, "invalid_request")
+
+
+def test_a_file_in_the_place_of_a_text_is_refused(door):
+    files = {"person_image": FILES["person.png"], "cloth_image": FILES["upper.png"], "seed": b"42"}
+    assert "seed" in refused(door.ask(files=files), 422, "invalid_request")
+
+
+def test_a_field_that_is_there_twice_is_refused(door):
+    files = [("person_image", FILES["person.png"]), ("person_image", FILES["person.png"])]
+    refused(door.ask(files=files), 422, "invalid_request")
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [(b"no picture", "image_not_decodable"), (b"GIF89a" + bytes(200), "image_format_not_permitted"), (b"", None)],
+)
+def test_an_upload_goes_through_the_same_decoder(door, content, code):
+    answer = door.ask(files={"person_image": ("p.png", content), "cloth_image": FILES["upper.png"]})
+    refused(answer, 422, code or "image_not_decodable")
+    assert door.ask().status_code == 200
+
+
+def test_a_file_above_the_limit_is_refused_and_named(door):
+    files = {"person_image": bytes(MAX_BYTES + 1), "cloth_image": FILES["upper.png"]}
+    assert "person_image" in refused(door.ask(files=files), 422, "image_too_large")
+
+
+@pytest.mark.parametrize("body", [b"", b"--x\r\n", b"--b\r\nnot a header\r\n\r\nx\r\n--b--", b"\xff" * 100])
+def test_what_is_no_form_is_refused(door, body):
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    answer = requests.post(f"{door.url}/api/try-on", data=body, headers=headers, timeout=5)
+    refused(answer, 422, "invalid_request")
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "multipart/form-data", "", "text/plain"])
+def test_another_content_type_is_refused(door, content_type):
+    answer = requests.post(f"{door.url}/api/try-on", data=b"{}", headers={"Content-Type": content_type}, timeout=5)
+    assert answer.status_code in (415, 422)
+    assert set(answer.json()) == {"detail", "code", "retryable", "request_id"}
+
+
+def test_a_form_that_is_announced_too_large_is_refused_unread(door):
+    host, port = door.url.rpartition("/")[2].split(":")
+    head = (
+        f"POST /api/try-on HTTP/1.1\r\nHost: {host}\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+        f"Content-Length: {container.rest_api.MAX_FORM_BYTES + 1}\r\n\r\n"
+    )
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        connection.sendall(head.encode())
+        assert b" 413 " in connection.recv(65536).splitlines()[0]
+
+
+def test_a_form_that_does_not_come_is_408_and_gives_its_place_back(door, monkeypatch):
+    monkeypatch.setattr(container.rest_api, "UPLOAD_S", 0.2)
+    host, port = door.url.rpartition("/")[2].split(":")
+    form = "Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 99"
+    head = f"POST /api/try-on HTTP/1.1\r\nHost: x\r\n{form}\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        connection.sendall(head.encode())
+        assert b" 408 " in connection.recv(65536).splitlines()[0]
+    assert door.ask().status_code == 200
+
+
+# --- outages, in the document's sentences
+
+
+def test_a_service_whose_places_are_taken_is_busy(tmp_path):
+    with opened(tmp_path, max_in_flight=1) as door, ThreadPoolExecutor(1) as pool:
+        door.engine.may_end.clear()
+        running = pool.submit(door.ask)
+        assert door.engine.begun.wait(5)
+        answer = door.ask()
+        detail = refused(answer, 503, "overloaded")
+        door.engine.may_end.set()
+        assert running.result(10).status_code == 200
+    assert detail == "GPU is busy processing another request. Please try again later."
+    assert int(answer.headers["Retry-After"]) >= 1
+
+
+def test_out_of_memory(door):
+    door.engine.failures.append(OutOfMemory("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    detail = refused(door.ask(), 503, "gpu_failed")
+    assert detail == "GPU out of memory. Image may be too large. Error: gpu_failed"
+    assert door.ask().status_code == 200
+
+
+def test_a_failed_device_is_unhealthy(door):
+    door.engine.failures.append(DeviceFailed("CUDA error: an illegal memory access was encountered"))
+    refused(door.ask(), 503, "gpu_failed")
+    assert door.health()[:2] == (503, "unhealthy")
+
+
+def test_a_draining_service_is_unhealthy(door):
+    door.app.admission.drain()
+    assert door.health()[:2] == (503, "unhealthy")
+    refused(door.ask(), 503, "draining")
+
+
+def test_a_service_that_loads_says_so(tmp_path, monkeypatch):
+    with opened(tmp_path) as door:
+        monkeypatch.setattr(type(door.app.worker), "ready", property(lambda _worker: False))
+        assert door.health() == (503, "loading", "Models are still loading. Please wait and try again.")
+        assert refused(door.ask(), 503, "not_ready") == "Models are still loading. Please wait and try again."
+
+
+# --- keys, rates and origins
+
+
+@pytest.mark.parametrize("path", ["/api/try-on", "/invocations"])
+def test_without_a_key_that_is_ours_nobody_enters(tmp_path, path):
+    with opened(tmp_path, api_keys=KEYS) as door:
+        for headers, status in (({}, 401), ({"X-API-Key": "m" * 16}, 403), ({"Authorization": "Bearer \xe9"}, 403)):
+            encoded = {name: value.encode("latin-1") for name, value in headers.items()}
+            assert requests.post(door.url + path, headers=encoded, timeout=5).status_code == status
+        assert door.ask(**{"X-API-Key": KEYS[0]}).status_code == 200
+        assert door.ask(Authorization=f"Bearer {KEYS[1]}").status_code == 200
+        assert door.health()[0] == 200
+
+
+def test_each_key_has_its_own_rate(tmp_path):
+    with opened(tmp_path, api_keys=KEYS, rate_limit="2/minute") as door:
+        answers = [door.ask(**{"X-API-Key": KEYS[0]}) for _ in range(3)]
+        assert [answer.status_code for answer in answers] == [200, 200, 429]
+        assert refused(answers[-1], 429, "overloaded") == "This caller asks too often."
+        assert 1 <= int(answers[-1].headers["Retry-After"]) <= 60
+        assert door.ask(**{"X-API-Key": KEYS[1]}).status_code == 200
+
+
+def test_without_keys_the_address_has_a_rate(tmp_path):
+    with opened(tmp_path, rate_limit="1/hour") as door:
+        assert [door.ask().status_code for _ in range(2)] == [200, 429]
+
+
+def test_other_origins_are_closed_unless_they_are_set(tmp_path):
+    origin = {"Origin": "https://shop.example"}
+    with opened(tmp_path / "closed") as door:
+        assert (
+            "access-control-allow-origin" not in requests.get(f"{door.url}/health", headers=origin, timeout=5).headers
+        )
+    with opened(tmp_path / "open", cors_origins=("https://shop.example",)) as door:
+        answer = requests.get(f"{door.url}/health", headers=origin, timeout=5)
+        assert answer.headers["access-control-allow-origin"] == "https://shop.example"
+        other = requests.get(f"{door.url}/health", headers={"Origin": "https://evil.example"}, timeout=5)
+        assert "access-control-allow-origin" not in other.headers
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"VTON_API_KEYS": "short"},
+        {"VTON_RATE_LIMIT": "often"},
+        {"VTON_CORS_ORIGINS": "*"},
+        {"VTON_REST": "perhaps"},
+    ],
+)
+def test_a_wrong_setting_is_named_without_its_value(environ):
+    ((name, value),) = environ.items()
+    with pytest.raises(SettingsError, match=name) as caught:
+        Settings.from_env(environ)
+    assert value not in str(caught.value)
+
+
+def test_keys_are_no_part_of_what_is_logged():
+    settings = Settings.from_env({"VTON_API_KEYS": ",".join(KEYS)})
+    assert not any(key in json.dumps(settings.model_dump(mode="json")) for key in KEYS)
+
+
+def test_a_closed_rest_door_is_no_path(tmp_path):
+    with running_app(tmp_path) as app, http_server(doors(app)) as url:
+        assert requests.get(f"{url}/health", timeout=5).status_code == 404
+
+
+def test_a_caller_that_leaves_while_it_waits_costs_no_picture(door):
+    door.engine.may_end.clear()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(door.ask)
+        assert door.engine.begun.wait(5)
+        with pytest.raises(requests.exceptions.ReadTimeout):
+            requests.post(
+                f"{door.url}/api/try-on",
+                files={"person_image": FILES["person.png"], "cloth_image": FILES["upper.png"]},
+                timeout=0.5,
+            )
+        time.sleep(0.2)
+        door.engine.may_end.set()
+        assert running.result(10).status_code == 200
+    ends = time.monotonic() + 5
+    while door.app.admission.taken and time.monotonic() < ends:
+        time.sleep(0.02)
+    assert len(door.engine.made) == 1
