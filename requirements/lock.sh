@@ -1,17 +1,24 @@
 #!/bin/sh
-# Rewrites the two lists of exact pins. Run through `make lock`, which provides uv.
-#   pinned.txt  what the container runs (torch 2.7.1, the last with CUDA 11.8; Python 3.9 and up)
+# Rewrites the lists of exact pins. Run through `make lock`, which provides uv.
+#   pinned.txt  what `make install` installs (torch 2.7.1, the last with CUDA 11.8; Python 3.9 and up)
 #   newest.txt  the newest of everything on Python 3.11
+#   image.txt   those of pinned.txt that the container needs, with hashes; torch is installed beside them
 # torch pins its own CUDA packages exactly, and other ones in its CUDA 11.8 and CPU builds, so they stay out of the lists.
+# Its own hash differs from build to build, too, so image.txt leaves it out.
 set -eu
 uv=$1
-lock() { # python version, constraints, output
-    printf '%s\n' $2 >requirements/constraints.tmp
-    "$uv" pip compile pyproject.toml --extra demo --extra dev --universal --python-version "$1" --quiet --upgrade \
-        --constraint requirements/constraints.tmp --no-header --no-annotate --no-emit-index-url --no-emit-find-links |
-        grep -vE '^(nvidia-|cuda-|triton==)' >"$3.tmp"
-    { echo "# made by \`make lock\` (uv pip compile); do not edit"; cat "$3.tmp"; } >"$3"
-    rm -f "$3.tmp" requirements/constraints.tmp
+trap 'rm -f requirements/*.tmp' EXIT
+lock() { # output, python version, constraints, further options
+    list=$1 version=$2
+    printf '%s\n' $3 >requirements/constraints.tmp
+    shift 3
+    "$uv" pip compile pyproject.toml --universal --python-version "$version" --quiet --no-header --no-annotate \
+        --no-emit-index-url --no-emit-find-links --constraint requirements/constraints.tmp "$@" >requirements/list.tmp
+    # A package with hashes ends with the first line without a backslash.
+    { echo "# made by \`make lock\` (uv pip compile); do not edit"
+      sed -E '/^(nvidia-|cuda-|triton==)/{:a;/\\$/{N;ba};d}' requirements/list.tmp; } >requirements/made.tmp
+    mv requirements/made.tmp "$list"
 }
-lock 3.9 "torch==2.7.1 diffusers==0.36.0" requirements/pinned.txt
-lock 3.11 "torch==2.13.0" requirements/newest.txt
+lock requirements/pinned.txt 3.9 "torch==2.7.1 diffusers==0.36.0" --upgrade --all-extras
+lock requirements/newest.txt 3.11 "torch==2.13.0" --upgrade --all-extras
+lock requirements/image.txt 3.9 "" --constraint requirements/pinned.txt --generate-hashes --no-emit-package torch
