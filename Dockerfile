@@ -1,28 +1,73 @@
 # syntax=docker/dockerfile:1
-# The endpoint's image: `docker run IMAGE serve` listens on 8080 with the weights in /opt/ml/model.
-# torch's CUDA 11.8 wheels bring every CUDA library, so the `base` image is enough.
+# hadolint global ignore=DL3006
+# The endpoint's image. Targets: `sagemaker` (the default) reads its weights from /opt/ml/model; `baked` carries those of
+# the build context `weights`. torch's wheels bring every CUDA library, so the `base` image of CUDA is enough.
+# The tags are here, where hadolint does not look for them.
 ARG BASE=nvidia/cuda:11.8.0-base-ubuntu22.04
+ARG UV_IMAGE=ghcr.io/astral-sh/uv:0.13.8
 
-FROM ghcr.io/astral-sh/uv:0.13.8 AS uv
+FROM ${UV_IMAGE} AS uv
 
-FROM ${BASE} AS build
+# The folder of weights for `baked`: docker build --build-context weights=FOLDER takes the place of this stage.
+FROM scratch AS weights
+
+FROM ${BASE} AS libraries
 ARG PYTHON=3.9
+ARG TORCH=2.7.1
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cu118
-ENV UV_LINK_MODE=copy UV_PYTHON_INSTALL_DIR=/opt/python UV_CACHE_DIR=/cache/uv
+ENV VIRTUAL_ENV=/opt/venv UV_PYTHON_INSTALL_DIR=/opt/python UV_CACHE_DIR=/cache/uv \
+    UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1 UV_HTTP_TIMEOUT=300
 COPY --from=uv /uv /usr/local/bin/uv
-RUN --mount=type=cache,target=/cache/uv uv python install ${PYTHON} && uv venv --python ${PYTHON} /opt/venv
-COPY requirements/pinned.txt /tmp/pinned.txt
+COPY requirements/image.txt /tmp/image.txt
+# torch comes after the packages whose hashes are known, so that what it shares with them is theirs.
 RUN --mount=type=cache,target=/cache/uv \
-    VIRTUAL_ENV=/opt/venv uv pip install --index ${TORCH_INDEX} --index-strategy unsafe-best-match -r /tmp/pinned.txt
+    mkdir -p /opt/python \
+    && uv venv --python "${PYTHON}" /opt/venv \
+    && uv pip install --require-hashes --no-deps --requirement /tmp/image.txt \
+    && uv pip install --index "${TORCH_INDEX}" "torch==${TORCH}" \
+    && uv pip check
 
-FROM ${BASE} AS sagemaker
-LABEL com.amazonaws.sagemaker.capabilities.accept-bind-to-port=true
-ENV PATH=/opt/app/container:/opt/venv/bin:${PATH} \
-    PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 \
-    VTON_WEIGHTS=/opt/ml/model
-COPY --from=build /opt/python /opt/python
-COPY --from=build /opt/venv /opt/venv
+FROM ${BASE} AS code
+ARG TRAINING=yes
 COPY . /opt/app
+# Compiled by contents: the root of a container is often read-only, and a file mounted over one of these still counts.
+RUN --mount=type=bind,from=libraries,source=/opt/python,target=/opt/python \
+    --mount=type=bind,from=libraries,source=/opt/venv,target=/opt/venv \
+    rm -r /opt/app/requirements \
+    && if [ "${TRAINING}" != yes ]; then rm /opt/app/container/train; fi \
+    && chmod -R a+rX /opt/app \
+    && /opt/venv/bin/python -m compileall -q --invalidation-mode checked-hash /opt/app
+
+FROM ${BASE} AS runtime
+LABEL com.amazonaws.sagemaker.capabilities.accept-bind-to-port=true
+ENV PATH=/opt/venv/bin:${PATH} PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 \
+    NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility VTON_WEIGHTS=/opt/ml/model
 WORKDIR /opt/app
 EXPOSE 8080
+HEALTHCHECK --interval=30s --timeout=5s --start-period=10m CMD ["python", "-c", \
+    "import os, urllib.request as web; env = os.environ.get; \
+    web.urlopen(f\"http://127.0.0.1:{env('VTON_PORT') or env('SAGEMAKER_BIND_TO_PORT') or 8080}/ping\", timeout=4)"]
+# No USER: SageMaker wants root. Nothing is written but to /tmp, so that any other user will do.
+ENTRYPOINT ["/opt/app/container/entrypoint"]
 CMD ["serve"]
+COPY --from=libraries /opt/python /opt/python
+COPY --from=libraries /opt/venv /opt/venv
+
+FROM runtime AS sagemaker
+COPY --from=code /opt/app /opt/app
+
+FROM code AS verified
+ARG VARIANT=mix
+COPY --from=weights / /opt/weights
+RUN --mount=type=bind,from=libraries,source=/opt/python,target=/opt/python \
+    --mount=type=bind,from=libraries,source=/opt/venv,target=/opt/venv \
+    chmod -R a+rX /opt/weights \
+    && PYTHONPATH=/opt/app /opt/venv/bin/python -m container.weights_cli verify --dir /opt/weights --variant "${VARIANT}"
+
+FROM runtime AS baked
+ARG VARIANT=mix
+ENV VTON_WEIGHTS=/opt/weights VTON_VARIANT=${VARIANT}
+COPY --from=verified /opt/weights /opt/weights
+COPY --from=code /opt/app /opt/app
+
+FROM sagemaker

@@ -3,7 +3,7 @@ SHELL := /bin/sh
 PYTHON := .venv/bin/python
 NEWEST := .venv-newest/bin/python
 
-.PHONY: install demo test test-newest fault load check bench gpu image lock clean
+.PHONY: install demo test test-newest fault load check bench gpu image image-test synth lock clean
 
 install: .venv/installed
 
@@ -49,6 +49,14 @@ gpu: install
 
 image:
 	docker build --target sagemaker --tag vton-endpoint .
+
+# Needs root, and no engine. IMAGE_TEST_DIR names a folder that is kept for the next time.
+image-test: install .venv-lock/bin/uv
+	tests/image/run.sh $(IMAGE_TEST_DIR)
+
+# Values come from deploy/cdk.json, or from CDK_CONTEXT_JSON. jsii tells of Node 20's end at each start.
+synth: install
+	JSII_SILENCE_WARNING_END_OF_LIFE_NODE_VERSION=20 $(PYTHON) -m deploy.app
 
 lock: .venv-lock/bin/uv
 	requirements/lock.sh $<

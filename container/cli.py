@@ -31,9 +31,11 @@ from container.request import (
     parse_masks,
     parse_try_on,
 )
+from container.serve_cli import serve
 from container.settings import Settings, SettingsError
 from container.telemetry import StageTimes, configure_logging
 from container.train_cli import train
+from container.weights_cli import weights_group
 from container.wiring import App, build, https_fetcher
 from model import geometry, weights
 from model.interface import Image
@@ -155,14 +157,6 @@ def mask(photo: str, output: Path | None, force: bool) -> None:
 
 
 @main.command()
-def serve() -> None:
-    """Serve /ping and /invocations, as the container does. Settings come from VTON_ variables."""
-    from container.server import main as serve_main
-
-    sys.exit(serve_main())
-
-
-@main.command()
 @click.option("--output", "-o", type=click.Path(path_type=Path), default=OUTPUT_DIR / "demo", show_default=True)
 def demo(output: Path) -> None:
     """Run the whole service on this machine and call it as a backend would, through boto3."""
@@ -173,87 +167,20 @@ def demo(output: Path) -> None:
     run_demo(output)
 
 
+@main.command(add_help_option=False, context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def local(arguments: tuple[str, ...]) -> None:
+    """Serve behind what boto3 takes for SageMaker, on this machine; `vton local --help` says more."""
+    try:
+        from deploy.local_cli import local as local_group
+    except ModuleNotFoundError as exc:
+        _end(EXIT_SETTINGS, f"vton local needs {exc.name}: pip install 'vton-endpoint[demo]'")
+    local_group.main(args=list(arguments), prog_name="vton local")
+
+
+main.add_command(serve)
 main.add_command(train)
-
-
-@main.group("weights")
-def weights_group() -> None:
-    """The published weights: list, download, convert, verify."""
-
-
-_DIRECTORY = click.option(
-    "--dir", "directory", type=click.Path(path_type=Path), default=Path("weights"), show_default=True
-)
-_VARIANT = click.option("--variant", default="mix", show_default=True, help="mix, vitonhd or dresscode.")
-_MASKER = ("masker", "schp")  # engine and variant, as the manifest has them
-
-
-@weights_group.command("list")
-@_DIRECTORY
-def weights_list(directory: Path) -> None:
-    """Every file that an engine or the masker needs, and what of it is here."""
-    for line in weights.listing(directory):
-        here = "here" if line.present else "-"
-        size = "?" if line.bytes is None else f"{line.bytes:,}"
-        click.echo(f"{here:5} {size:>15}  {line.file}  [{', '.join(line.parts)}]  {line.licence}")
-
-
-@weights_group.command("download")
-@_DIRECTORY
-@_VARIANT
-@click.option("--without-masker", is_flag=True, help="Leave out the masker's files.")
-def weights_download(directory: Path, variant: str, without_masker: bool) -> None:
-    """Fetch the published files, convert the masker's pickles, and record the hashes."""
-    for repository in weights.manifest():
-        click.echo(f"{repository.repo_id}: {repository.licence}. {repository.notice}", err=True)
-    try:
-        weights.download(directory, "catvton", variant)
-        if not without_masker:
-            weights.download(directory, *_MASKER)
-            _convert(directory)
-    except (weights.WeightsError, ValueError) as exc:
-        _end(EXIT_SETTINGS, str(exc))
-
-
-@weights_group.command("convert")
-@_DIRECTORY
-def weights_convert(directory: Path) -> None:
-    """Make safetensors of the masker's published pickles, running no code of theirs."""
-    try:
-        _convert(directory)
-    except weights.WeightsError as exc:
-        _end(EXIT_SETTINGS, str(exc))
-
-
-@weights_group.command("verify")
-@_DIRECTORY
-@_VARIANT
-def weights_verify(directory: Path, variant: str) -> None:
-    """Compare the files with their recorded hashes."""
-    try:
-        click.echo(_found(weights.verify(directory, "catvton", variant)))
-        masker = [line.present for line in weights.listing(directory) if "/".join(_MASKER) in line.parts]
-        found = _found(weights.verify(directory, *_MASKER)) if any(masker) else "not here"
-        click.echo(f"masker: {found}")
-    except (weights.WeightsError, ValueError) as exc:
-        _end(EXIT_SETTINGS, str(exc))
-
-
-def _convert(directory: Path) -> None:
-    from model.maskers.conversion import convert  # loads torch
-    from model.maskers.published import PUBLISHED, twin_of
-
-    written = convert(directory)
-    weights.record_made(directory, written)
-    for twin in (twin_of(directory / name) for name in PUBLISHED):
-        click.echo(f"{twin}: {'written' if twin in written else 'was there'}")
-
-
-def _found(verification: weights.Verification) -> str:
-    how = (
-        "match their record" if verification.verified else "are recorded now" if verification.recorded else "are there"
-    )
-    return f"{verification.files} files, {verification.bytes:,} bytes: all {how}"
+main.add_command(weights_group)
 
 
 def _request(timestamp: str, **options: object) -> TryOnRequest:
@@ -335,7 +262,7 @@ def _write_strip(path: Path, app: App, fetcher: PathsAndUrls, request: TryOnRequ
         drawn = app.decoder.decode_mask(fetcher.seen[request.mask_image_url], deadline)
     else:  # remembered
         drawn = app.masker.masks(photo, person, deadline, StageTimes()).masks[request.cloth_type]
-    inputs = prepare(Pictures(person, garments, drawn), "clean")
+    inputs = prepare(Pictures(person, garments, drawn), "clean", app.settings.width, app.settings.height)
     shown = [inputs.person, geometry.masked_person(inputs.person, inputs.mask), inputs.garment]
     _save(path, geometry.side_by_side([*shown, np.asarray(Pillow.open(result).convert("RGB"))]))
 

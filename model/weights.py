@@ -35,7 +35,9 @@ HUB_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
-class _Entry(Strict):
+class Entry(Strict):
+    """What the record says of a file."""
+
     bytes: Size
     sha256: Sha256
 
@@ -47,9 +49,11 @@ class _Source(Strict):
 
 
 @dataclass(frozen=True)
-class _Record(Strict):
+class Record(Strict):
+    """What `vton-weights.json` holds: files by their path below the directory, and where their folders came from."""
+
     version: Literal[1]
-    files: dict[Inside, _Entry]
+    files: dict[Inside, Entry]
     repositories: dict[Inside, _Source]
 
 
@@ -136,6 +140,29 @@ def record_made(weights_dir: Path, files: Sequence[Path]) -> None:
     _remember(weights_dir, _read_record(weights_dir), [file.relative_to(weights_dir).as_posix() for file in files])
 
 
+def record_of(weights_dir: Path, parts: Sequence[tuple[str, str]]) -> Record:
+    """What the record says of the files that these parts read, or would say: what it does not know is measured.
+
+    Args:
+        weights_dir: the directory.
+        parts: (engine, variant) of each.
+    Raises:
+        WeightsError: a file is missing, or the record is unreadable.
+    """
+    record = _read_record(weights_dir)
+    needed = [(repository, file) for part in parts for repository, file in files_for(*part)]
+    names = sorted({name for repository, file in needed for name in _find(weights_dir, repository, file)})
+    known = {**record.files, **_measure(weights_dir, [name for name in names if name not in record.files])}
+    folders = {repository.folder for repository, _ in needed}
+    sources = {folder: source for folder, source in record.repositories.items() if folder in folders}
+    return Record(1, {name: known[name] for name in names}, dict(sorted(sources.items())))
+
+
+def text_of(record: Record) -> bytes:
+    """The record as `vton-weights.json` has it."""
+    return TypeAdapter(Record).dump_json(record, indent=2) + b"\n"
+
+
 def listing(weights_dir: Path) -> list[Listed]:
     """Every file of the manifest and where it stands in a directory, which need not exist.
 
@@ -181,7 +208,7 @@ def load_checkpoint(path: Path) -> Any:  # noqa: ANN401 - of any type
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _is_intact(weights_dir: Path, repository: Repository, file: WeightFile, record: _Record) -> bool:
+def _is_intact(weights_dir: Path, repository: Repository, file: WeightFile, record: Record) -> bool:
     published, made = f"{repository.folder}/{file.path}", _names(repository, file)[0]
     name = made if _exists(weights_dir / made) else published
     path, recorded = weights_dir / name, record.files.get(name)
@@ -192,7 +219,7 @@ def _is_intact(weights_dir: Path, repository: Repository, file: WeightFile, reco
     return True
 
 
-def _fetch(weights_dir: Path, repository: Repository, files: Sequence[WeightFile], record: _Record) -> str:
+def _fetch(weights_dir: Path, repository: Repository, files: Sequence[WeightFile], record: Record) -> str:
     """Bring files from the hub into the repository's folder; returns the commit they came from."""
     import huggingface_hub
     from huggingface_hub import errors
@@ -219,7 +246,7 @@ def _fetch(weights_dir: Path, repository: Repository, files: Sequence[WeightFile
     return str(commit)
 
 
-def _accept(weights_dir: Path, repository: Repository, file: WeightFile) -> _Entry:
+def _accept(weights_dir: Path, repository: Repository, file: WeightFile) -> Entry:
     path = weights_dir / repository.folder / file.path
     if not _exists(path):
         raise WeightsError(f"{path} was not downloaded: {repository.repo_id} has no {file.path}")
@@ -235,7 +262,7 @@ def _accept(weights_dir: Path, repository: Repository, file: WeightFile) -> _Ent
     return entry
 
 
-def _remember(weights_dir: Path, record: _Record, names: Sequence[str]) -> bool:
+def _remember(weights_dir: Path, record: Record, names: Sequence[str]) -> bool:
     if not os.access(weights_dir, os.W_OK):  # before the hashing, which takes seconds
         return False
     files = {**record.files, **_measure(weights_dir, names)}
@@ -280,7 +307,7 @@ def _size(path: Path) -> int:
     return size
 
 
-def _entry(path: Path) -> _Entry:
+def _entry(path: Path) -> Entry:
     size, digest = _size(path), hashlib.sha256()
     try:
         with path.open("rb") as stream:
@@ -288,15 +315,15 @@ def _entry(path: Path) -> _Entry:
                 digest.update(chunk)
     except OSError as exc:
         raise WeightsError(f"{path} cannot be read: {exc.strerror}") from exc
-    return _Entry(size, digest.hexdigest())
+    return Entry(size, digest.hexdigest())
 
 
-def _measure(weights_dir: Path, names: Sequence[str]) -> dict[str, _Entry]:
+def _measure(weights_dir: Path, names: Sequence[str]) -> dict[str, Entry]:
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         return dict(zip(names, pool.map(lambda name: _entry(weights_dir / name), names)))
 
 
-def _compare(path: Path, expected: WeightFile | _Entry, actual: _Entry, remedy: str) -> None:
+def _compare(path: Path, expected: WeightFile | Entry, actual: Entry, remedy: str) -> None:
     if expected.sha256 not in (None, actual.sha256) or expected.bytes not in (None, actual.bytes):
         wanted = f"{(expected.sha256 or 'unknown')[:12]} ({expected.bytes} bytes)"
         found = f"{actual.sha256[:12]} ({actual.bytes} bytes)"
@@ -319,20 +346,20 @@ def _check_structure(path: Path) -> None:
         raise WeightsError(f"{path} has {path.stat().st_size} bytes where its header announces {expected}")
 
 
-def _read_record(weights_dir: Path) -> _Record:
+def _read_record(weights_dir: Path) -> Record:
     try:
-        return TypeAdapter(_Record).validate_json((weights_dir / RECORD).read_bytes())
+        return TypeAdapter(Record).validate_json((weights_dir / RECORD).read_bytes())
     except FileNotFoundError:
-        return _Record(1, {}, {})
+        return Record(1, {}, {})
     except (OSError, ValueError) as exc:
         raise WeightsError(f"{weights_dir / RECORD} is unreadable; restore it, or delete it to record anew") from exc
 
 
-def _write_record(weights_dir: Path, record: _Record) -> None:
+def _write_record(weights_dir: Path, record: Record) -> None:
     temporary = weights_dir / f"{RECORD}.{os.getpid()}.tmp"
     try:
         with temporary.open("wb") as stream:
-            stream.write(TypeAdapter(_Record).dump_json(record, indent=2) + b"\n")
+            stream.write(text_of(record))
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(weights_dir / RECORD)

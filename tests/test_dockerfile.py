@@ -1,0 +1,188 @@
+"""What the Dockerfile promises, read off its text; `make image-test` builds and runs it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+ENTRYPOINT = REPOSITORY / "container" / "entrypoint"
+TARGETS = ("sagemaker", "baked")
+CHANGE_THE_FILE_SYSTEM = ("COPY", "ADD", "RUN")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage: what it starts from, and its instructions as (name, arguments)."""
+
+    base: str
+    steps: list[tuple[str, str]]
+
+    def all(self, name: str) -> list[str]:
+        return [arguments for found, arguments in self.steps if found == name]
+
+
+@pytest.fixture(scope="module")
+def instructions():
+    text = re.sub(r"\\\n", " ", (REPOSITORY / "Dockerfile").read_text())
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    return [(name, " ".join(rest.split())) for name, _, rest in (line.partition(" ") for line in lines)]
+
+
+@pytest.fixture(scope="module")
+def stages(instructions):
+    """Each by its name; the last, which has none, as ""."""
+    found: dict[str, Stage] = {}
+    for name, arguments in instructions:
+        if name == "FROM":
+            base, _, alias = arguments.partition(" AS ")
+            found[alias] = current = Stage(base, [])
+        elif found:
+            current.steps.append((name, arguments))
+    return found
+
+
+def in_the_image(stages, target):
+    """The steps of a target and of the stages that it starts from, the first ones first."""
+    steps, stage = [], stages[target]
+    while stage is not None:
+        steps = stage.steps + steps
+        stage = stages.get(stage.base)
+    return steps
+
+
+def default(instructions, argument):
+    (value,) = {a.partition("=")[2] for name, a in instructions if name == "ARG" and a.startswith(f"{argument}=")}
+    return value
+
+
+def test_the_base_is_the_smallest_of_cuda_11_8_with_the_torch_and_python_that_go_with_it(instructions):
+    assert default(instructions, "BASE") == "nvidia/cuda:11.8.0-base-ubuntu22.04"
+    assert default(instructions, "PYTHON") == "3.9"
+    assert default(instructions, "TORCH_INDEX") == "https://download.pytorch.org/whl/cu118"
+    pinned = (REPOSITORY / "requirements" / "pinned.txt").read_text()
+    assert f"torch=={default(instructions, 'TORCH')}\n" in pinned.replace(" ;", "\n")
+
+
+def test_every_version_can_be_chosen_by_a_build_argument(stages, instructions):
+    assert {stage.base for stage in stages.values()} - set(stages) == {"${BASE}", "${UV_IMAGE}", "scratch"}
+    assert {a.partition("=")[0] for a in stages["libraries"].all("ARG")} == {"PYTHON", "TORCH", "TORCH_INDEX"}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_nothing_is_run_or_taken_from_outside_in_an_image_that_is_deployed(stages, target):
+    steps = [(name, arguments) for name, arguments in in_the_image(stages, target) if name in CHANGE_THE_FILE_SYSTEM]
+    assert {name for name, _ in steps} == {"COPY"}
+    assert all(arguments.startswith("--from=") for _, arguments in steps)
+    assert "uv" not in {arguments.split()[0].partition("=")[2] for _, arguments in steps}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_code_is_copied_last(stages, target):
+    assert stages[target].steps[-1] == ("COPY", "--from=code /opt/app /opt/app")
+
+
+def test_a_plain_build_makes_the_image_for_sagemaker(stages):
+    assert list(stages)[-1] == ""
+    assert (stages[""].base, stages[""].steps) == ("sagemaker", [])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_entry_point_and_command_have_exec_form(stages, target):
+    steps = dict(in_the_image(stages, target))
+    assert json.loads(steps["ENTRYPOINT"]) == ["/opt/app/container/entrypoint"]
+    assert json.loads(steps["CMD"]) == ["serve"]
+    assert json.loads(steps["HEALTHCHECK"].partition(" CMD ")[2])[:2] == ["python", "-c"]
+    assert "USER" not in steps
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_label_and_the_port_are_those_of_sagemaker(stages, target):
+    steps = dict(in_the_image(stages, target))
+    assert steps["LABEL"] == "com.amazonaws.sagemaker.capabilities.accept-bind-to-port=true"
+    assert steps["EXPOSE"] == "8080"
+
+
+def test_packages_are_installed_by_their_hashes_from_a_cache_that_does_not_stay(stages):
+    (run,) = stages["libraries"].all("RUN")
+    assert run.startswith("--mount=type=cache,target=/cache/uv ")
+    assert "--require-hashes --no-deps --requirement /tmp/image.txt" in run
+    assert run.endswith("uv pip check")
+
+
+def test_every_requirement_of_the_image_has_hashes_and_none_is_torch_or_cuda():
+    text = (REPOSITORY / "requirements" / "image.txt").read_text().replace("\\\n", " ")
+    packages = [line for line in text.splitlines() if line and not line.startswith("#")]
+    assert all("--hash=sha256:" in line for line in packages)
+    assert not [line for line in packages if re.match(r"(torch|triton|nvidia-.*|cuda-.*)==", line)]
+
+
+def test_the_build_is_given_what_it_copies_and_nothing_else(stages):
+    lines = (REPOSITORY / ".dockerignore").read_text().split()
+    assert lines[0] == "*"
+    given = [line[1:] for line in lines if line.startswith("!")]
+    assert set(given) == {"container", "model", "requirements/image.txt", "LICENSE", "NOTICE"}
+    assert all((REPOSITORY / path).exists() for path in given if not path.startswith("requirements"))
+    assert stages["code"].all("COPY") == [". /opt/app"]
+
+
+@pytest.mark.parametrize("stage", ["verified", "baked"])
+def test_baked_weights_come_from_a_folder_and_are_verified(stages, stage):
+    fetching = re.compile(r"\b(curl|wget|download|aws|huggingface|https?:)")
+    assert not [arguments for _, arguments in stages[stage].steps if fetching.search(arguments)]
+    assert "--from=weights / /opt/weights" in stages["verified"].all("COPY")
+    assert "verify --dir /opt/weights" in stages["verified"].all("RUN")[0]
+    assert (stages["weights"].base, stages["weights"].steps) == ("scratch", [])
+
+
+# The entry point
+
+
+@pytest.fixture
+def entrypoint(tmp_path):
+    """It, between a `serve` and a `train` that tell what became of them."""
+    for name in ("serve", "train"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $#" $$\nexit 7\n')
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "entrypoint").write_text(ENTRYPOINT.read_text())
+    (tmp_path / "entrypoint").chmod(0o755)
+    return tmp_path / "entrypoint"
+
+
+def start(entrypoint, *arguments):
+    process = subprocess.Popen([entrypoint, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    said, refused = process.communicate(timeout=10)
+    return process, said, refused
+
+
+def test_it_can_be_executed():
+    assert ENTRYPOINT.stat().st_mode & 0o111 == 0o111
+
+
+@pytest.mark.parametrize("command", ["serve", "train"])
+def test_the_command_takes_the_place_of_the_entry_point_so_that_signals_reach_it(entrypoint, command):
+    process, said, _ = start(entrypoint, command)
+    assert said.split() == [command, "0", str(process.pid)]
+    assert process.returncode == 7
+
+
+WRONG = [[], [""], ["bash"], ["serve", "train"], ["serve", "--port"], ["../serve"], ["-h"], ["serve\n"], ["$(id)"]]
+
+
+@pytest.mark.parametrize("arguments", WRONG)
+def test_any_other_argument_is_refused_with_64(entrypoint, arguments):
+    process, said, refused = start(entrypoint, *arguments)
+    assert (process.returncode, said) == (64, "")
+    assert "serve or train" in refused
+
+
+def test_train_is_refused_where_it_was_left_out(entrypoint):
+    (entrypoint.parent / "train").unlink()
+    process, said, refused = start(entrypoint, "train")
+    assert (process.returncode, said) == (64, "")
+    assert refused == "this image was built without training; its build argument TRAINING=yes adds it\n"
