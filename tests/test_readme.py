@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -20,7 +21,7 @@ from container.cli import EXIT_OF_CODE
 from container.errors import Outage, Refusal
 from container.request import CLOTH_TYPES, MaskRequest, TryOnRequest
 from container.settings import PREFIX, Settings
-from deploy.demo import FAKE_KEYS, free_port
+from deploy.demo import FAKE_KEYS, REGION, free_port, image_host
 from model.embedded import demo_pictures
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -29,6 +30,8 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for language, block in BLOCKS if language == "sh" for line in block.splitlines()]
 PYTHON = [block for language, block in BLOCKS if language == "python"]
 TARGETS = [command.split()[1] for command in COMMANDS if command.startswith("make ")]
+WAITING = f" --command '{sys.executable} -m bench.waiting_service'"
+QUICK = {"VTON_ENGINE": "waiting", "VTON_MASKER": "off", "BENCH_PICTURE_S": "0"}
 
 
 def cells(row):
@@ -72,6 +75,11 @@ def test_every_other_command_is_run_below():
         ["vton", "weights", "list"],
         ["vton", "weights", "download"],
         ["vton", "weights", "verify"],
+        ["vton", "local", "--images"],
+        ["vton", "local", "transform"],
+        ["vton", "weights", "pack"],
+        ["vton", "weights", "pack"],
+        ["vton", "weights", "push"],
         ["vton", "train", "--help"],
     ]
 
@@ -118,6 +126,28 @@ def test_vton_serve_becomes_ready_and_stops(tmp_path):
         process.kill()
 
 
+def test_vton_local_serves_until_it_is_told_to_stop(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    vton = [str(Path(sys.executable).parent / "vton"), *shlex.split(command("vton local --images") + WAITING)[1:]]
+    environ = {**os.environ, **QUICK}
+    with subprocess.Popen(
+        [*vton, "--port", "0"], cwd=tmp_path, env=environ, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert any(line.startswith("serving") for line in process.stdout)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(40) == 0
+
+
+def test_vton_local_transform_answers_each_line(tmp_path):
+    (tmp_path / "in").mkdir()
+    with image_host(usual_files()) as host:
+        urls = {name: f"http://{host}/{name.split('_')[0]}.png" for name in usual_request() if name.endswith("_url")}
+        (tmp_path / "in" / "all.jsonl").write_text(json.dumps(usual_request(**urls)))
+        done = run(command("vton local transform") + WAITING, tmp_path, VTON_TRUSTED_HOSTS=host, **QUICK)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "all.jsonl.out").read_text().count("\n") == 1
+
+
 def test_weights_are_listed_verified_and_not_downloaded_without_a_hub(tmp_path):
     assert "catvton" in run(command("vton weights list"), tmp_path).stdout
     write_published_layout(tmp_path / "weights")
@@ -125,6 +155,22 @@ def test_weights_are_listed_verified_and_not_downloaded_without_a_hub(tmp_path):
     offline = run(command("vton weights download"), tmp_path / "weights", HF_ENDPOINT="http://127.0.0.1:9")
     assert offline.returncode == 78
     assert "Traceback" not in offline.stderr
+
+
+def test_weights_are_packed_both_ways_and_pushed(endpoint, tmp_path):
+    write_published_layout(tmp_path / "weights", "quick")
+    for packing in (line for line in COMMANDS if line.startswith("vton weights pack")):
+        done = run(packing, tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "packed").is_dir()
+    assert (tmp_path / "model.tar.gz").is_file()
+    s3 = endpoint.cloud.client("s3")
+    s3.create_bucket(Bucket="bucket", CreateBucketConfiguration={"LocationConstraint": REGION})
+    done = run(command("vton weights push"), tmp_path, **FAKE_KEYS, AWS_ENDPOINT_URL_S3=endpoint.cloud.url)
+    assert done.returncode == 0, done.stderr
+    keys = {entry["Key"] for entry in s3.list_objects_v2(Bucket="bucket")["Contents"]}
+    packed = {path.relative_to(tmp_path / "packed") for path in (tmp_path / "packed").rglob("*") if path.is_file()}
+    assert keys == {f"weights/v1/{path}" for path in packed}
 
 
 def test_vton_train_explains_itself(tmp_path):

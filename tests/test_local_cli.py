@@ -1,0 +1,227 @@
+"""`vton local` as its user starts it: real processes, real signals, the embedded model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from botocore.exceptions import ClientError
+from stand_in import usual_files, usual_request
+
+from bench.waiting_service import NAME, PICTURE_S
+from deploy.demo import client
+from deploy.local_cloud import folder_host, moto_server
+
+VTON = str(Path(sys.executable).parent / "vton")
+PATIENCE_S = 150
+WAITING = ("--command", f"{sys.executable} -m bench.waiting_service")  # the real service; its engine only waits
+QUICK = {"VTON_ENGINE": NAME, "VTON_MASKER": "off", PICTURE_S: "0.1"}
+
+
+def environment(**changes):
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("VTON_", "AWS_"))}
+    return {**kept, "VTON_STEPS": "1", "OMP_NUM_THREADS": "1", **changes}
+
+
+@contextmanager
+def serving(folder, *arguments, **changes):
+    """A running `vton local`, and what it printed before it served."""
+    command = [VTON, "local", "--port", "0", *arguments]
+    with (folder / "err").open("w") as err:
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment(**changes), stdout=subprocess.PIPE, stderr=err, text=True
+        )
+    try:
+        printed = []
+        for line in process.stdout:
+            printed.append(line)
+            if line.startswith("serving"):
+                break
+        assert printed and printed[-1].startswith("serving"), (folder / "err").read_text()
+        yield process, "".join(printed)
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+        process.stdout.close()
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name, content in usual_files().items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def request_to(host, **changes):
+    urls = {
+        name: f"{host}{name.split('_')[0]}.png"
+        for name in ("person_image_url", "upper_cloth_url", "lower_cloth_url", "mask_image_url")
+    }
+    return usual_request(**{**urls, **changes})
+
+
+def exported(printed):
+    return dict(re.findall(r"^export (\w+)=(\S+)$", printed, re.MULTILINE))
+
+
+def test_what_it_prints_is_enough_to_call_it_and_sigterm_ends_all_of_it(tmp_path, images):
+    with serving(tmp_path, "--images", str(images), "--endpoint-name", "mine") as (process, printed):
+        children = psutil.Process(process.pid).children(recursive=True)
+        given = exported(printed)
+        host = re.search(r"are at (http://\S+)", printed)[1]
+        runtime = client("sagemaker-runtime", given["AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME"])
+        body = json.dumps(request_to(host))
+        answer = json.loads(
+            runtime.invoke_endpoint(EndpointName="mine", ContentType="application/json", Body=body)["Body"].read()
+        )
+        bucket = re.search(r"^bucket +(\S+)", printed, re.MULTILINE)[1]
+        assert client("s3", given["AWS_ENDPOINT_URL_S3"]).head_object(Bucket=bucket, Key=answer["object_key"])
+        queue_url = re.search(r"^results +(\S+)", printed, re.MULTILINE)[1]
+        sqs = client("sqs", given["AWS_ENDPOINT_URL_SQS"])
+        assert sqs.receive_message(QueueUrl=queue_url, WaitTimeSeconds=5)["Messages"]
+        with pytest.raises(ClientError, match="ValidationError"):
+            runtime.invoke_endpoint(EndpointName="vton", ContentType="application/json", Body=body)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(40) == 0
+        assert psutil.wait_procs(children, timeout=5)[1] == []
+    assert "Traceback" not in (tmp_path / "err").read_text()
+
+
+def test_the_asynchronous_mode_stores_and_tells(tmp_path, images):
+    with serving(tmp_path, "--images", str(images), "--mode", "async", "--concurrency", "2", *WAITING, **QUICK) as (
+        process,
+        printed,
+    ):
+        given = exported(printed)
+        host = re.search(r"are at (http://\S+)", printed)[1]
+        found = dict(re.findall(r"^(bucket|outcomes) +(\S+)", printed, re.MULTILINE))
+        s3 = client("s3", given["AWS_ENDPOINT_URL_S3"])
+        s3.put_object(Bucket=found["bucket"], Key="in.json", Body=json.dumps(request_to(host)))
+        runtime = client("sagemaker-runtime", given["AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME"])
+        location = f"s3://{found['bucket']}/in.json"
+        runtime.invoke_endpoint_async(EndpointName="vton", ContentType="application/json", InputLocation=location)
+        sqs = client("sqs", given["AWS_ENDPOINT_URL_SQS"])
+        received, ends = [], time.monotonic() + PATIENCE_S
+        while not received and time.monotonic() < ends:
+            received = sqs.receive_message(QueueUrl=found["outcomes"], WaitTimeSeconds=5).get("Messages", [])
+        assert json.loads(received[0]["Body"])["invocationStatus"] == "Completed"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(40) == 0
+
+
+def transform(folder, *arguments, **changes):
+    command = [VTON, "local", "transform", *WAITING, *arguments]
+    return subprocess.run(
+        command, cwd=folder, env=environment(**QUICK, **changes), capture_output=True, text=True, timeout=PATIENCE_S
+    )
+
+
+def test_a_transform_leaves_answers_and_pictures_in_its_folder(tmp_path, images):
+    with folder_host(images) as host:
+        asked = [json.dumps(request_to(f"http://{host}/", timestamp=f"batch-{number}")) for number in range(3)]
+        (tmp_path / "in").mkdir()
+        (tmp_path / "in" / "good.jsonl").write_text("\n".join(asked))
+        (tmp_path / "in" / "bad.jsonl").write_text("\n".join([*asked, "not json"]))
+        done = transform(tmp_path, "--input", "in", "--output", "out", VTON_TRUSTED_HOSTS=host)
+    assert done.returncode == 1, done.stderr
+    told = json.loads(done.stdout[done.stdout.index("{") :])
+    assert (told["status"], list(told["completed"])) == ("Failed", ["good.jsonl"])
+    assert "record 4: 400" in told["failed"]["bad.jsonl"]
+    assert "invalid_json" in told["failed"]["bad.jsonl"]
+    answers = [json.loads(line) for line in (tmp_path / "out" / "good.jsonl.out").read_text().splitlines()]
+    assert [each["object_key"].split("/")[3] for each in answers] == ["batch-0", "batch-1", "batch-2"]
+    assert all((tmp_path / "out" / each["object_key"]).stat().st_size for each in answers)
+    assert not (tmp_path / "out" / "bad.jsonl.out").exists()
+
+
+def test_a_transform_over_s3_uses_the_services_that_the_environment_names(tmp_path):
+    with moto_server() as url:
+        client("s3", url).create_bucket(Bucket="shop", CreateBucketConfiguration={"LocationConstraint": "eu-central-1"})
+        put = client("s3", url).put_object
+        requests_of = []
+        for name, content in usual_files().items():
+            put(Bucket="shop", Key=f"users/7/{name}", Body=content)
+        for number in range(2):
+            requests_of.append(json.dumps(request_to("s3://shop/users/7/", timestamp=f"batch-{number}")))
+        put(Bucket="shop", Key="in/all.jsonl", Body="\n".join(requests_of))
+        named = {
+            "AWS_ENDPOINT_URL": url,
+            "AWS_ACCESS_KEY_ID": "x",
+            "AWS_SECRET_ACCESS_KEY": "x",
+            "AWS_DEFAULT_REGION": "eu-central-1",
+            "VTON_BUCKET": "shop",
+        }
+        done = transform(tmp_path, "--input", "s3://shop/in/", "--output", "s3://shop/out", **named)
+        assert done.returncode == 0, done.stderr + done.stdout
+        output = client("s3", url).get_object(Bucket="shop", Key="out/all.jsonl.out")["Body"].read()
+        answers = [json.loads(line) for line in output.splitlines()]
+        assert [each["object_key"] for each in answers] == [
+            f"users/7/vton_result/batch-{number}/result.png" for number in range(2)
+        ]
+        for each in answers:
+            assert client("s3", url).head_object(Bucket="shop", Key=each["object_key"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("transform", "--input", "s3://a/b", "--output", "out"), "AWS_ENDPOINT_URL_S3"),
+        (("--endpoint-name", "not_a_name"), "letters, digits and hyphens"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_a_sentence(tmp_path, arguments, said):
+    done = subprocess.run([VTON, "local", *arguments], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 78
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_setting_that_refuses_the_start_ends_it_and_names_the_log(tmp_path):
+    done = subprocess.run(
+        [VTON, "local", "--port", "0"],
+        cwd=tmp_path,
+        env=environment(VTON_DEVICE="abacus"),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+    assert done.returncode == 78
+    assert "serve.log" in done.stderr
+    assert "VTON_DEVICE" in (tmp_path / "vton_output" / "local" / "serve.log").read_text()
+
+
+@pytest.mark.parametrize(("arguments", "status"), [((), 0), (("transform", "--input", "in", "--output", "out"), 75)])
+def test_a_signal_while_the_container_starts_ends_all_of_it(tmp_path, arguments, status):
+    sleeper = tmp_path / "sleeper.py"
+    sleeper.write_text("import time; print('begun', flush=True); time.sleep(300)")
+    command = [VTON, "local", *arguments, "--command", f"{sys.executable} {sleeper}"]
+    with (tmp_path / "out").open("w") as out:
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=out, stderr=out)
+    log, ends = tmp_path / "vton_output" / "local" / "serve.log", time.monotonic() + 60
+    while not (log.exists() and "begun" in log.read_text()) and time.monotonic() < ends:
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(40) == status
+    assert psutil.wait_procs(children, timeout=5)[1] == []
+    assert "Traceback" not in (tmp_path / "out").read_text()
+
+
+def test_help_says_what_there_is(tmp_path):
+    done = subprocess.run([VTON, "local", "--help"], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0
+    for named in ("--mode", "--images", "--concurrency", "transform"):
+        assert named in done.stdout

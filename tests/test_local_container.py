@@ -1,0 +1,107 @@
+"""The container process as the platform keeps it, with a small server in its place."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+import psutil
+import pytest
+import requests
+
+from deploy.local_container import Container, ContainerFailed, ContainerLimits, Launch, running
+
+SERVER = """
+import os, signal, sys, time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(int(os.environ.get("PING", "200")))
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+if os.environ.get("STUBBORN"):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if os.fork() == 0:
+        time.sleep(60)
+print("listening", os.environ["SAGEMAKER_BIND_TO_PORT"], flush=True)
+HTTPServer(("127.0.0.1", int(os.environ["SAGEMAKER_BIND_TO_PORT"])), Handler).serve_forever()
+"""
+QUICK = ContainerLimits(start_s=20, ping_every_s=0.2, ping_timeout_s=0.5, failed_pings=2, stop_s=5)
+
+
+def launch(folder, **environ):
+    return Launch(folder / "serve.log", environ, (sys.executable, "-c", SERVER))
+
+
+def until(condition, limit_s=20):
+    ends = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.02)
+
+
+def test_a_process_that_is_ready_serves_and_ends_with_the_block(tmp_path):
+    with running(launch(tmp_path), QUICK) as container:
+        process = psutil.Process(container.pid)
+        assert requests.get(f"{container.url}/ping", timeout=5).ok
+    assert not process.is_running()
+    assert container.url is None
+    assert "listening" in (tmp_path / "serve.log").read_text()
+
+
+def test_a_killed_process_is_out_of_service_at_once_and_replaced(tmp_path):
+    with running(launch(tmp_path), QUICK) as container:
+        first = container.pid
+        os.kill(first, signal.SIGKILL)
+        until(lambda: container.starts == 2 and container.url)
+        assert container.pid != first
+        assert requests.get(f"{container.url}/ping", timeout=5).ok
+
+
+def test_a_process_that_stops_answering_is_replaced(tmp_path):
+    limits = ContainerLimits(start_s=20, ping_every_s=0.2, ping_timeout_s=0.3, failed_pings=2, stop_s=0.3)
+    with running(launch(tmp_path), limits) as container:
+        first = container.pid
+        os.kill(first, signal.SIGSTOP)
+        until(lambda: container.starts == 2 and container.url)
+        assert not psutil.pid_exists(first)
+
+
+def test_what_ignores_sigterm_is_killed_with_all_that_it_started(tmp_path):
+    limits = ContainerLimits(start_s=20, ping_every_s=5, stop_s=0.5)
+    with running(launch(tmp_path, STUBBORN="1"), limits) as container:
+        family = [psutil.Process(container.pid), *psutil.Process(container.pid).children()]
+        assert len(family) == 2
+        began = time.monotonic()
+    assert 0.4 < time.monotonic() - began < 5
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_a_first_process_that_ends_is_a_failure_that_names_the_log(tmp_path):
+    wrong = Launch(tmp_path / "serve.log", {}, (sys.executable, "-c", "import sys; sys.exit(3)"))
+    with pytest.raises(ContainerFailed, match=r"ended with 3 .*serve\.log"), running(wrong, QUICK):
+        pass
+
+
+def test_a_command_that_is_not_there_is_a_failure(tmp_path):
+    wrong = Launch(tmp_path / "serve.log", {}, (str(tmp_path / "nothing"),))
+    with pytest.raises(ContainerFailed, match="cannot be started"), running(wrong, QUICK):
+        pass
+
+
+def test_a_first_process_that_is_not_ready_in_its_budget_is_ended(tmp_path):
+    limits = ContainerLimits(start_s=0.8, stop_s=2)
+    container = Container(launch(tmp_path, PING="503"), limits)
+    container.start()
+    with pytest.raises(ContainerFailed, match=r"not ready within 0\.8 s"):
+        container.wait_until_ready(20)
+    container.stop()
+    assert not psutil.pid_exists(container.pid)
