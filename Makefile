@@ -66,4 +66,4 @@ lock: .venv-lock/bin/uv
 	.venv-lock/bin/python -m pip install --quiet uv
 
 clean:
-	rm -rf .venv .venv-newest .venv-lock vton_output *.egg-info
+	rm -rf .venv .venv-newest .venv-lock vton_output cdk.out *.egg-info

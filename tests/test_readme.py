@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import requests
 from catvton_recipe import write_published_layout
-from stand_in import png, usual_files
+from stand_in import png, usual_files, usual_request
 
 from container.cli import EXIT_OF_CODE
 from container.errors import Outage, Refusal
