@@ -211,7 +211,13 @@ def load(weights: str, variant: str, device: torch.device) -> CatVTONPipeline:
 @click.option("--variant", type=click.Choice(sorted(ATTENTION_FOLDERS)), default="mix", show_default=True)
 @click.option("--device", type=click.Choice(["auto", *DEVICES]), default="cpu", show_default=True)
 @click.option("--steps", type=click.IntRange(1, 1000), default=20, show_default=True)
-@click.option("--guidance", type=click.FloatRange(1, 10), default=2.5, show_default=True)
+@click.option(
+    "--guidance",
+    type=click.FloatRange(1, 10),
+    default=1.0,
+    show_default=True,
+    help="1, which is off, suits the embedded weights; CatVTON's own take 2.5.",
+)
 @click.option("--eta", type=click.FloatRange(0, 1), default=1.0, show_default=True, help="1 as in the service.")
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Pictures at once.")
 @click.option("--many-steps-figures", type=click.IntRange(0), default=4, show_default=True, help="0: no 200 steps.")

@@ -56,6 +56,7 @@ __all__ = [  # what tests and benchmarks build their stages of
 ENDPOINT_NAME = "vton-demo"
 START_LIMIT_S = 120.0
 STEPS = 20
+GUIDANCE = "1"  # off: the embedded model is nearest to the truth without it (`bench.quality`)
 OUTFITS = {"result": ("upper", "lower"), "result_dress": ("dress",)}  # picture -> garments, with the drawn mask
 UNMASKED = ("result_no_mask", ("upper", "lower"))  # without one
 GARMENT_FIELDS = {"upper": "upper_cloth_url", "lower": "lower_cloth_url", "dress": "overall_cloth_url"}
@@ -104,7 +105,8 @@ def run_demo(output: Path) -> None:
         cloud = stack.enter_context(local_cloud())
         host = stack.enter_context(image_host(files))
         click.echo("starting the container process ...")
-        container = stack.enter_context(serving(container_environment(cloud, host), output / "serve.log"))
+        environ = {**container_environment(cloud, host), "VTON_GUIDANCE": GUIDANCE}
+        container = stack.enter_context(serving(environ, output / "serve.log"))
         runtime = stack.enter_context(http_server(create_runtime(container, name=ENDPOINT_NAME)))
         stage = _Stage(cloud, host, runtime, time.strftime("%y%m%d-%H%M%S"))
         rows = []
