@@ -69,7 +69,7 @@ def train(part: str, method: str, **given: Any) -> None:  # noqa: ANN401 - each 
 
     The parts "autoencoder" and "parser" are those of the embedded model; they take --output, --steps, --seed, --resume.
 
-    On several processors: torchrun --nproc-per-node N -m container.cli train ...
+    On several processors: torchrun --nproc-per-node N --no-python vton train ...
     """
     if part != TRYON:
         _train_small(part, given)
