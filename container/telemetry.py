@@ -68,6 +68,7 @@ def configure_logging(level: str, stream: TextIO = sys.stderr, *, metrics_namesp
     for own_handlers in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logging.getLogger(own_handlers).handlers[:] = []
         logging.getLogger(own_handlers).propagate = True
+        logging.getLogger(own_handlers).setLevel(logging.NOTSET)
     logging.captureWarnings(True)
     warnings.simplefilter("default")
     counted = [] if metrics_namespace is None else [partial(embed_metrics, metrics_namespace)]

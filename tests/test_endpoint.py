@@ -36,10 +36,13 @@ def invoke(endpoint, request, **members):
 
 
 def messages(endpoint, queue_url=None):
-    received = endpoint.cloud.client("sqs").receive_message(
-        QueueUrl=queue_url or endpoint.cloud.queue_url, MaxNumberOfMessages=10, WaitTimeSeconds=0
-    )
-    return [json.loads(message["Body"]) for message in received.get("Messages", [])]
+    """All messages that are there, taken out of the queue."""
+    sqs, queue_url, found = endpoint.cloud.client("sqs"), queue_url or endpoint.cloud.queue_url, []
+    while received := sqs.receive_message(QueueUrl=queue_url, MaxNumberOfMessages=10, WaitTimeSeconds=0).get("Messages"):
+        for message in received:
+            found.append(json.loads(message["Body"]))
+            sqs.delete_message(QueueUrl=queue_url, ReceiptHandle=message["ReceiptHandle"])
+    return found
 
 
 def stored(endpoint, key):

@@ -200,6 +200,8 @@ def dialled(monkeypatch):
     real, record = socket.create_connection, Dialled()
 
     def connect(address, *args, **kwargs):
+        if threading.current_thread().name == "container":  # who pings the endpoint of other tests
+            return real(address, *args, **kwargs)
         record.append(address)
         if address[1] in record.to and is_public(address[0]):
             address = ("127.0.0.1", record.to[address[1]])
