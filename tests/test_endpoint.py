@@ -38,7 +38,9 @@ def invoke(endpoint, request, **members):
 def messages(endpoint, queue_url=None):
     """All messages that are there, taken out of the queue."""
     sqs, queue_url, found = endpoint.cloud.client("sqs"), queue_url or endpoint.cloud.queue_url, []
-    while received := sqs.receive_message(QueueUrl=queue_url, MaxNumberOfMessages=10, WaitTimeSeconds=0).get("Messages"):
+    while received := sqs.receive_message(QueueUrl=queue_url, MaxNumberOfMessages=10, WaitTimeSeconds=0).get(
+        "Messages"
+    ):
         for message in received:
             found.append(json.loads(message["Body"]))
             sqs.delete_message(QueueUrl=queue_url, ReceiptHandle=message["ReceiptHandle"])
