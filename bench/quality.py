@@ -210,7 +210,7 @@ def load(weights: str, variant: str, device: torch.device) -> CatVTONPipeline:
 @click.option("--weights", default=EMBEDDED, show_default=True, help="A directory in the published layout.")
 @click.option("--variant", type=click.Choice(sorted(ATTENTION_FOLDERS)), default="mix", show_default=True)
 @click.option("--device", type=click.Choice(["auto", *DEVICES]), default="cpu", show_default=True)
-@click.option("--steps", type=click.IntRange(1, 1000), default=10, show_default=True)
+@click.option("--steps", type=click.IntRange(1, 1000), default=8, show_default=True)
 @click.option(
     "--guidance",
     type=click.FloatRange(1, 10),

@@ -55,7 +55,7 @@ __all__ = [  # what tests and benchmarks build their stages of
 
 ENDPOINT_NAME = "vton-demo"
 START_LIMIT_S = 120.0
-STEPS = 20
+STEPS = 8
 GUIDANCE = "1"  # off: the embedded model is nearest to the truth without it (`bench.quality`)
 OUTFITS = {"result": ("upper", "lower"), "result_dress": ("dress",)}  # picture -> garments, with the drawn mask
 UNMASKED = ("result_no_mask", ("upper", "lower"))  # without one
