@@ -46,6 +46,7 @@ JITTER = 0.5  # up to so much is added to each wait, so that callers who were re
 PLACES = 8  # VTON_MAX_IN_FLIGHT of each instance: more callers than that are refused with 429
 POLL_S = 2.0
 INPUTS = "asynchronous/inputs/"  # where the stack lets the endpoint read, and lets what it has read expire
+TOO_SLOW = "deadline_exceeded"  # of the endpoint: asked again, it would be begun and paid for again
 UNKNOWN = "outcome_unknown"
 UNREACHABLE = "unreachable"
 TURNED_AWAY = ("ServiceUnavailable", "ThrottlingException")  # by the platform, before the endpoint
@@ -103,7 +104,7 @@ def try_on(
         retry_for_s: within which calls are begun.
 
     Raises:
-        TryOnFailed: the endpoint refused, and a repeat would not help, or did not in the time; or nobody knows.
+        TryOnFailed: a repeat would not help, did not in the time, or would be as slow again; or nobody knows.
     """
     gives_up = time.monotonic() + retry_for_s
     wait_s = FIRST_WAIT_S
@@ -112,7 +113,7 @@ def try_on(
             return _invoke(runtime, endpoint, request)
         except TryOnFailed as failed:
             pause_s = max(wait_s, failed.retry_after_s or 0.0) * (1 + random.uniform(0, JITTER))  # noqa: S311
-            if not failed.retryable or time.monotonic() + pause_s > gives_up:
+            if not failed.retryable or failed.code == TOO_SLOW or time.monotonic() + pause_s > gives_up:
                 raise
         time.sleep(pause_s)
         wait_s = min(2 * wait_s, MAX_WAIT_S)

@@ -152,6 +152,19 @@ def test_the_default_client_would_pay_again_for_what_this_one_asks_once(stage):
     stage.until(lambda: stage.is_stored("once"))
 
 
+def test_what_was_too_slow_for_the_endpoint_is_not_begun_again(monkeypatch):
+    calls = []
+
+    def invoke(*_):
+        calls.append(1)
+        raise backend.TryOnFailed("deadline_exceeded", "The picture could not be made in time.", retryable=True)
+
+    monkeypatch.setattr(backend, "_invoke", invoke)
+    with pytest.raises(backend.TryOnFailed, match="deadline_exceeded"):
+        backend.try_on(None, "vton", {})
+    assert len(calls) == 1
+
+
 def test_what_is_refused_for_the_moment_is_asked_again_until_there_is_a_place(stage):
     refused = stage.requests("overloaded")
     with ThreadPoolExecutor(PLACES) as pool:
