@@ -116,7 +116,9 @@ def serve(api: FastAPI, app: App) -> int:
         api,
         host=app.settings.host,
         port=app.settings.port,
-        http="h11",
+        http="h11",  # and these as they are tested, whatever else is installed
+        loop="asyncio",
+        ws="none",
         lifespan="off",
         log_config=None,
         log_level=logging.getLevelName(app.settings.log_level),

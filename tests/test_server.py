@@ -203,7 +203,15 @@ def draining_server(app):
     """A server on a thread of this process, around a worker that is warm already."""
     port = free_port()
     config = uvicorn.Config(
-        create_app(app), host="127.0.0.1", port=port, log_config=None, lifespan="off", timeout_graceful_shutdown=1
+        create_app(app),
+        host="127.0.0.1",
+        port=port,
+        http="h11",
+        loop="asyncio",
+        ws="none",
+        log_config=None,
+        lifespan="off",
+        timeout_graceful_shutdown=1,
     )
     server = DrainingServer(config, app)
     threads = [threading.Thread(target=server.run), threading.Thread(target=server.watch)]
