@@ -29,6 +29,7 @@ from model.interface import GenerationSettings, Image, TryOnInputs
 
 MODEL_WIDTH, MODEL_HEIGHT = 768, 1024  # px; what the published weights were trained at
 MASK_GIVEN, MASK_AUTO = "given", "auto"
+LATE_S = 600.0  # for a picture that was begun in time: its caller is gone, but a repeat finds it
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,11 @@ class TryOnService:
     def run(self, request: TryOnRequest, deadline: float, context: CallContext) -> TryOnResult:
         """The finished try-on: stored under its key, its message sent. A repeat finds it and only notifies.
 
+        A picture that was begun in time is stored however late it is: it has been paid for.
+
         Args:
             request: as parsed.
-            deadline: time.monotonic() value; the call returns or raises before it, but for the effects at the end.
+            deadline: time.monotonic() value; nothing is begun after it but the effects at the end.
             context: what the platform says about the call.
         Raises:
             TryOnError: any of the tree.
@@ -132,7 +135,7 @@ class TryOnService:
         with self._keys.hold(f"{request.userId}/{request.timestamp}", deadline):
             stored, cache = self._stored(request), None
             if stored is None:
-                finished = self._make(request, deadline, times, context)
+                finished = self._make(request, deadline, times, context, LATE_S)
                 stored, cache = self._store(request, finished, times), finished.cache
             with times.measure("notify"):
                 self._notifier.send(completion(request, stored, self._storage.bucket, context))
@@ -154,14 +157,19 @@ class TryOnService:
             raise InvalidRequest("no automatic masker is configured", field="mask_image_url")
         return request.with_defaults(steps=self._defaults.steps, guidance=self._defaults.guidance)
 
-    def _make(self, request: TryOnRequest, deadline: float, times: StageTimes, context: CallContext) -> Finished:
+    def _make(
+        self, request: TryOnRequest, deadline: float, times: StageTimes, context: CallContext, late_s: float = 0.0
+    ) -> Finished:
         contents = self._fetch(request, deadline, times, context)
         pictures, cache = self._pictures(request, contents, deadline, times, context)
         with times.measure("prepare"):
             inputs = prepare(pictures, self._defaults.join, self._defaults.width, self._defaults.height)
-        settings = _generation_settings(request, inputs)
-        result = self._generate(inputs, settings, deadline, times, context)
-        image = _composite(request, pictures, inputs, result, times)
+        settings = _generation_settings(request, inputs, context)
+        generation = self._worker.run(inputs, settings, deadline, context.is_wanted, late_s)
+        self._metrics.generations.inc()
+        times.add("queue", generation.queued_s)
+        times.add("generate", generation.generated_s)
+        image = _composite(request, pictures, inputs, generation.image, times)
         with times.measure("encode"):
             content = encode(image, request.output_format, request.output_quality)
         facts = {
@@ -228,20 +236,6 @@ class TryOnService:
         except FutureTimeout as exc:
             raise DeadlineExceeded("the pictures were not decoded in time") from exc
 
-    def _generate(
-        self,
-        inputs: TryOnInputs,
-        settings: GenerationSettings,
-        deadline: float,
-        times: StageTimes,
-        context: CallContext,
-    ) -> Image:
-        generation = self._worker.run(inputs, settings, deadline, context.is_wanted)
-        self._metrics.generations.inc()
-        times.add("queue", generation.queued_s)
-        times.add("generate", generation.generated_s)
-        return generation.image
-
     def _store(self, request: TryOnRequest, finished: Finished, times: StageTimes) -> StoredObject:
         with times.measure("store"):
             _, content_type = FILE_OF[request.output_format]
@@ -269,13 +263,13 @@ def prepare(
     return TryOnInputs(np.asarray(person), np.asarray(fitted), mask)
 
 
-def _generation_settings(request: TryOnRequest, inputs: TryOnInputs) -> GenerationSettings:
+def _generation_settings(request: TryOnRequest, inputs: TryOnInputs, context: CallContext) -> GenerationSettings:
     steps, guidance = request.num_inference_steps, request.guidance_scale
     if steps is None or guidance is None:
         raise ValueError("the request's defaults are still open")
     seed = secrets.randbelow(MAX_SEED) if request.seed == RANDOM_SEED else request.seed
     height, width = inputs.mask.shape
-    return GenerationSettings(steps, guidance, seed, width, height)
+    return GenerationSettings(steps, guidance, seed, width, height, context.on_step)
 
 
 def _composite(

@@ -142,6 +142,7 @@ class CallContext:
         request_id: for the log and for errors.
         inference_id, custom_attributes: what the platform was told, if anything.
         is_wanted: turns False when the caller has left.
+        on_step: told (steps done, steps in all) after each denoising step, on the worker's thread; must not raise.
         uploads: the files that came with the call, by the references (`upload_reference`) that its fields name.
     """
 
@@ -149,6 +150,7 @@ class CallContext:
     inference_id: Optional[str] = None
     custom_attributes: Optional[str] = None
     is_wanted: Callable[[], bool] = lambda: True
+    on_step: Callable[[int, int], None] = lambda _done, _of: None
     uploads: Mapping[str, bytes] = field(default_factory=dict)
 
 

@@ -138,7 +138,7 @@ async def _try_on(app: App, gate: Gate, uploading: Admission, request: Request, 
     deadline = time.monotonic() + app.settings.deadline_s
     async with wanted(request) as is_wanted:
         context = CallContext(request_id, is_wanted=is_wanted, uploads=form.uploads)
-        finished = await run_admitted(app, partial(app.service.picture, asked, deadline, context))
+        finished = await run_admitted(app, partial(app.service.picture, asked, deadline, context), deadline)
     facts = finished.facts
     told = {name: facts[name] for name in ("job_id", "mask_source", "engine")}
     log.info("request_done", **told, timings_ms=finished.timings_ms)

@@ -27,6 +27,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from container.errors import (
+    DeadlineExceeded,
     Draining,
     GpuFailed,
     Internal,
@@ -60,6 +61,7 @@ from container.worker import Abandoned
 MAX_BODY_BYTES = 64 * 1024
 MAX_HEADERS = 100  # the platform sends about a dozen
 BODY_TIMEOUT_S = 5.0
+EFFECTS_S = 1.0  # after the deadline, for a picture that is being stored
 CALLER_LEFT = "caller_left"  # in the count of requests
 ERRORS = {400, 408, 409, 413, 415, 422, 429, 500, 502, 503, 504}  # statuses of /invocations
 INFERENCE_ID = "X-Amzn-SageMaker-Inference-Id"
@@ -265,7 +267,7 @@ async def _invoke(app: App, gate: Gate, request: Request, request_id: str) -> Re
     deadline = time.monotonic() + app.settings.deadline_s
     async with wanted(request) as is_wanted:
         context = replace(context, is_wanted=is_wanted)
-        result = await run_admitted(app, partial(_run, app, asked, deadline, context))
+        result = await run_admitted(app, partial(_run, app, asked, deadline, context), deadline)
     log.info("request_done", **_summary(result), custom_attributes=context.custom_attributes)
     headers = {CUSTOM_ATTRIBUTES: context.custom_attributes} if context.custom_attributes else {}
     return JSONResponse(answer(result), headers=headers)
@@ -293,14 +295,36 @@ def _run(app: App, asked: AnyRequest, deadline: float, context: CallContext) -> 
     return app.service.run(asked, deadline, context)
 
 
-async def run_admitted(app: App, run: Callable[[], _Result]) -> _Result:
-    """Runs on a thread of the request pool, in one of the places that admission counts."""
+async def run_admitted(app: App, run: Callable[[], _Result], deadline: float) -> _Result:
+    """Runs on a thread of the request pool, in one of the places that admission counts.
+
+    What is still running soon after its deadline (time.monotonic()) goes on in its place, and the caller is told.
+
+    Raises:
+        Draining, Overloaded, what `run` raises.
+        DeadlineExceeded: it is still running.
+    """
     app.admission.enter()
-    try:
-        context = contextvars.copy_context()
-        return await asyncio.get_running_loop().run_in_executor(app.request_pool, context.run, run)
-    finally:
-        app.admission.leave()
+    context = contextvars.copy_context()
+    running = asyncio.wrap_future(app.request_pool.submit(context.run, run))
+    running.add_done_callback(lambda _: app.admission.leave())
+    done, _ = await asyncio.wait({running}, timeout=deadline - time.monotonic() + EFFECTS_S)
+    if done:
+        return running.result()
+    running.add_done_callback(_log_late)
+    raise DeadlineExceeded("the work goes on without its caller", retry_after_s=app.worker.retry_after_s(2))
+
+
+def _log_late(ran: asyncio.Future[Any]) -> None:
+    """Tells how the work ended whose caller was told that it took too long."""
+    if ran.cancelled():
+        return
+    error = ran.exception()
+    if error is None:
+        result = ran.result()
+        log.info("late_request_done", **(_summary(result) if isinstance(result, (TryOnResult, MaskResult)) else {}))
+    else:
+        log.warning("late_request_failed", code=error.code if isinstance(error, TryOnError) else Internal.code)
 
 
 def not_serving(app: App) -> TryOnError | None:

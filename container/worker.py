@@ -224,19 +224,21 @@ class Worker:
         settings: GenerationSettings,
         deadline: float,
         is_wanted: Callable[[], bool] = lambda: True,
+        late_s: float = 0.0,
     ) -> Generation:
-        """One picture; returns or raises before `deadline` (time.monotonic()).
+        """One picture; begun before `deadline` (time.monotonic()), or never.
 
         Args:
             inputs: its pictures.
             settings: how it is made.
             deadline: of this call.
             is_wanted: asked before the work begins; False drops it.
+            late_s: seconds after the deadline that are waited for a picture that was begun before it.
         Raises:
             NotReady, Draining, DeadlineExceeded, GpuFailed, GenerationFailed, Overloaded, Abandoned.
         """
         kind = (settings.steps, settings.guidance, settings.width, settings.height)
-        done = self._do(_generate, (inputs, settings), kind, deadline, is_wanted)
+        done = self._do(_generate, (inputs, settings), kind, deadline, is_wanted, late_s)
         self._estimate_s += 0.2 * (done.worked_s - self._estimate_s)  # follows the load within some ten pictures
         return Generation(done.result, done.waited_s, done.worked_s)
 
@@ -267,6 +269,7 @@ class Worker:
         kind: Hashable | None,
         deadline: float,
         is_wanted: Callable[[], bool],
+        late_s: float = 0.0,
     ) -> _Done:
         self._refuse_unless_ready()
         job = _Job(work, order, kind, deadline, is_wanted, time.monotonic(), Future())
@@ -275,8 +278,12 @@ class Worker:
         try:
             return job.future.result(timeout=max(0.0, deadline - time.monotonic()))
         except FutureTimeout as exc:
-            job.future.cancel()  # a job that has not begun is dropped undone
-            raise DeadlineExceeded("the picture was not made in time") from exc
+            if job.future.cancel() or not late_s:  # a job that has not begun is dropped undone
+                raise DeadlineExceeded("the picture was not made in time") from exc
+        try:
+            return job.future.result(timeout=late_s)
+        except FutureTimeout as exc:
+            raise DeadlineExceeded("the picture was not made, however late") from exc
 
     def _refuse_unless_ready(self) -> None:
         if self._device_failed:

@@ -24,14 +24,8 @@ from urllib.parse import urlsplit
 
 import boto3
 import click
+from botocore import exceptions as aws
 from botocore.config import Config
-from botocore.exceptions import (
-    ClientError,
-    ConnectionClosedError,
-    ConnectTimeoutError,
-    EndpointConnectionError,
-    ReadTimeoutError,
-)
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -46,7 +40,6 @@ JITTER = 0.5  # up to so much is added to each wait, so that callers who were re
 PLACES = 8  # VTON_MAX_IN_FLIGHT of each instance: more callers than that are refused with 429
 POLL_S = 2.0
 INPUTS = "asynchronous/inputs/"  # where the stack lets the endpoint read, and lets what it has read expire
-TOO_SLOW = "deadline_exceeded"  # of the endpoint: asked again, it would be begun and paid for again
 UNKNOWN = "outcome_unknown"
 UNREACHABLE = "unreachable"
 TURNED_AWAY = ("ServiceUnavailable", "ThrottlingException")  # by the platform, before the endpoint
@@ -104,7 +97,7 @@ def try_on(
         retry_for_s: within which calls are begun.
 
     Raises:
-        TryOnFailed: a repeat would not help, did not in the time, or would be as slow again; or nobody knows.
+        TryOnFailed: a repeat would not help, or did not in the time; or nobody knows.
     """
     gives_up = time.monotonic() + retry_for_s
     wait_s = FIRST_WAIT_S
@@ -113,7 +106,7 @@ def try_on(
             return _invoke(runtime, endpoint, request)
         except TryOnFailed as failed:
             pause_s = max(wait_s, failed.retry_after_s or 0.0) * (1 + random.uniform(0, JITTER))  # noqa: S311
-            if not failed.retryable or failed.code == TOO_SLOW or time.monotonic() + pause_s > gives_up:
+            if not failed.retryable or time.monotonic() + pause_s > gives_up:
                 raise
         time.sleep(pause_s)
         wait_s = min(2 * wait_s, MAX_WAIT_S)
@@ -252,16 +245,16 @@ def _invoke(runtime: SageMakerRuntimeClient, endpoint: str, request: Mapping[str
             EndpointName=endpoint, ContentType="application/json", Body=json.dumps(request)
         )
         answer: dict[str, Any] = json.loads(response["Body"].read())
-    except (ConnectTimeoutError, EndpointConnectionError) as exc:  # nothing was sent
+    except (aws.ConnectTimeoutError, aws.EndpointConnectionError) as exc:  # nothing was sent
         raise TryOnFailed(UNREACHABLE, str(exc), retryable=True) from exc
-    except (ReadTimeoutError, ConnectionClosedError) as exc:
+    except (aws.ReadTimeoutError, aws.ConnectionClosedError) as exc:
         raise TryOnFailed(UNKNOWN, "no answer; the same request will find the picture if it is made") from exc
-    except ClientError as exc:
+    except aws.ClientError as exc:
         raise refusal(exc) from exc
     return answer
 
 
-def refusal(error: ClientError) -> TryOnFailed:
+def refusal(error: aws.ClientError) -> TryOnFailed:
     """What an error of boto3 says about a try-on."""
     kind = error.response["Error"]["Code"]
     if kind != "ModelError":
@@ -310,7 +303,7 @@ def _stored(s3: S3Client, uri: str) -> bytes | None:
     place = urlsplit(uri)
     try:
         return s3.get_object(Bucket=place.netloc, Key=place.path.lstrip("/"))["Body"].read()
-    except ClientError as exc:
+    except aws.ClientError as exc:
         if exc.response["Error"]["Code"] not in ("NoSuchKey", "404"):
             raise
         return None
@@ -397,4 +390,7 @@ def asynchronous(endpoint_name: str, bucket: str, queue_url: str | None, limit_s
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except aws.BotoCoreError as exc:
+        raise SystemExit(f"AWS cannot be asked: {exc}") from exc

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -59,6 +59,7 @@ class GenerationSettings:
         seed: 0..2**63-1; the same seed gives the same picture on the same device and versions.
         width: of the picture, px, a multiple of 8.
         height: of the picture, px, a multiple of 8.
+        on_step: told (steps done, steps in all) after each step; must not raise. No part of what the picture is.
     """
 
     steps: int
@@ -66,6 +67,7 @@ class GenerationSettings:
     seed: int
     width: int
     height: int
+    on_step: Callable[[int, int], None] = field(default=lambda _done, _of: None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

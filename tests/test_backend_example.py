@@ -152,17 +152,20 @@ def test_the_default_client_would_pay_again_for_what_this_one_asks_once(stage):
     stage.until(lambda: stage.is_stored("once"))
 
 
-def test_what_was_too_slow_for_the_endpoint_is_not_begun_again(monkeypatch):
-    calls = []
-
-    def invoke(*_):
-        calls.append(1)
-        raise backend.TryOnFailed("deadline_exceeded", "The picture could not be made in time.", retryable=True)
-
-    monkeypatch.setattr(backend, "_invoke", invoke)
-    with pytest.raises(backend.TryOnFailed, match="deadline_exceeded"):
-        backend.try_on(None, "vton", {})
-    assert len(calls) == 1
+def test_without_a_region_the_command_ends_with_a_sentence():
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    environ.update(AWS_CONFIG_FILE=os.devnull, AWS_EC2_METADATA_DISABLED="true")
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", str(REPOSITORY / "examples" / "backend.py"), "one", "--person", "https://a/b"],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ran.returncode == 1
+    assert "region" in ran.stderr
+    assert "Traceback" not in ran.stderr
 
 
 def test_what_is_refused_for_the_moment_is_asked_again_until_there_is_a_place(stage):

@@ -17,6 +17,7 @@ from stand_in import FakeFetcher, RecordingNotifier, StandInEngine, running_app,
 
 from container.vton_api import create_app
 from deploy.demo import http_server
+from model.interface import EngineError
 
 JSON = {"Content-Type": "application/json"}
 ERROR_MEMBERS = {"code", "message", "retryable", "request_id", "retry_after_s", "field", "object_key"}
@@ -75,6 +76,56 @@ def test_a_good_request_is_answered_with_the_contracts_members(door):
         *("mask_source", "timings_ms", "message"),
     }
     assert answer.headers["content-length"] == str(len(answer.content))
+
+
+@pytest.fixture
+def hurried(tmp_path):
+    """A door whose engine ends when it is told, and whose requests have a second."""
+    engine, notifier = StandInEngine(), RecordingNotifier()
+    running = running_app(tmp_path, engine=engine, notifier=notifier, deadline_s=1)
+    with running as app, http_server(create_app(app)) as url:
+        engine.begun.clear()
+        engine.may_end.clear()
+        yield Door(url, app, engine, None, notifier, tmp_path)
+
+
+def until(condition):
+    ends = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.02)
+
+
+def test_a_picture_that_is_late_is_stored_and_a_repeat_finds_it(hurried):
+    made = len(hurried.engine.made)
+    answer = hurried.ask()
+    assert code_of(answer) == (504, "deadline_exceeded", None)
+    assert answer.json()["error"]["retry_after_s"] >= 1
+    assert hurried.app.admission.taken == 1  # it has its place as long as it works
+    hurried.engine.may_end.set()
+    until(lambda: not hurried.app.admission.taken)
+    assert len(hurried.notifier.events) == 1
+    assert hurried.ask().status_code == 200
+    assert len(hurried.engine.made) == made + 1
+
+
+def test_a_repeat_waits_for_the_late_picture_and_begins_none(hurried):
+    made = len(hurried.engine.made)
+    assert hurried.ask().status_code == 504
+    with ThreadPoolExecutor(1) as pool:
+        repeat = pool.submit(hurried.ask)
+        until(lambda: hurried.app.admission.taken == 2)
+        hurried.engine.may_end.set()
+        assert repeat.result().status_code == 200
+    assert len(hurried.engine.made) == made + 1
+
+
+def test_a_late_picture_that_fails_gives_its_place_back(hurried):
+    hurried.engine.failures.append(EngineError("torch said no"))
+    assert hurried.ask().status_code == 504
+    hurried.engine.may_end.set()
+    until(lambda: not hurried.app.admission.taken)
+    assert hurried.ask().status_code == 200
 
 
 def test_ping_is_200_with_an_empty_body(door):
