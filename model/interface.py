@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 Image = NDArray[np.uint8]  # (H, W, 3) RGB, or (H, W) for a mask
+EXACT: Final = "exact"  # qualities; this one trades nothing for speed
+BALANCED: Final = "balanced"
+FAST: Final = "fast"
+FAST_STEPS = 20  # of the fast quality, where nobody asks for a number
 EMBEDDED = "embedded"  # the value of `weights` that names the small model that ships in the repository
 
 
@@ -59,6 +63,7 @@ class GenerationSettings:
         seed: 0..2**63-1; the same seed gives the same picture on the same device and versions.
         width: of the picture, px, a multiple of 8.
         height: of the picture, px, a multiple of 8.
+        quality: "exact", "balanced" or "fast": what is traded for speed.
         on_step: told (steps done, steps in all) after each step; must not raise. No part of what the picture is.
     """
 
@@ -67,6 +72,7 @@ class GenerationSettings:
     seed: int
     width: int
     height: int
+    quality: str = EXACT
     on_step: Callable[[int, int], None] = field(default=lambda _done, _of: None, compare=False, repr=False)
 
 
@@ -81,6 +87,8 @@ class EngineOptions:
         dtype: "auto", "float16", "bfloat16" or "float32"; "auto" is float16 on CUDA and float32 on the CPU.
         tf32: allow TF32 matrix products on CUDA.
         progress: show a bar of the denoising steps on stderr.
+        memory: "normal", or "small" for cards of 6 GB: pictures are encoded and decoded in tiles, and of the networks
+            only what works is on the card.
     """
 
     weights: str | Path
@@ -89,6 +97,7 @@ class EngineOptions:
     dtype: str = "auto"
     tf32: bool = True
     progress: bool = False
+    memory: str = "normal"
 
 
 @dataclass(frozen=True)

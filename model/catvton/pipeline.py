@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, ClassVar, Optional, Union, get_type_hints
+from typing import Callable, ClassVar, Optional, Union, get_type_hints
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from torch.nn import functional
 
 from model.catvton.attention import without_cross_attention
 from model.catvton.checkpoint import load_components
+from model.catvton.denoising import Denoising
 from model.catvton.inputs import (
     Pictures,
     check_generator,
@@ -29,10 +29,12 @@ from model.catvton.inputs import (
     matched_lists,
     person_tensor,
 )
+from model.catvton.knobs import EXACT, Knobs
+from model.catvton.latent_cache import LatentCache, content_key
+from model.catvton.schedule import Generators, Steps, solver_like, steps_of
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
-Generators = Union[torch.Generator, list[torch.Generator], None]
 Images = Union[list[Image.Image], NDArray[np.float32], torch.Tensor]
 StepCallback = Callable[["CatVTONPipeline", int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
@@ -90,6 +92,7 @@ class CatVTONPipeline(DiffusionPipeline):  # type: ignore[misc]
             feature_extractor=feature_extractor,
         )
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.latent_cache: LatentCache | None = None  # set one, and no picture is encoded twice
 
     # diffusers compares loaded components with these classes, and 0.36 does not read them from strings.
     __init__.__annotations__.update(get_type_hints(__init__))
@@ -130,6 +133,7 @@ class CatVTONPipeline(DiffusionPipeline):  # type: ignore[misc]
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
+        knobs: Knobs = EXACT,
     ) -> CatVTONPipelineOutput | tuple[Images, list[bool] | None]:
         """Dress each person in the garment of the same place in the lists.
 
@@ -145,6 +149,7 @@ class CatVTONPipeline(DiffusionPipeline):  # type: ignore[misc]
             output_type: "pil", "np" (NHWC float32 in [0, 1]), "pt" (BCHW float32 in [0, 1]) or "latent".
             return_dict: False returns the tuple (images, nsfw_detected).
             callback_on_step_end: called with (pipeline, step, timestep, {"latents": ...}); answers with such a dict.
+            knobs: what is traded for speed; by default nothing.
         Raises:
             ValueError: an argument is of the wrong type or size, or the lists differ in length.
         """
@@ -154,18 +159,17 @@ class CatVTONPipeline(DiffusionPipeline):  # type: ignore[misc]
         check_scales(guidance_scale=guidance_scale, eta=eta)
         self.check_settings(height, width, num_inference_steps, output_type)
         # 2. Crop, fit and scale the pictures
-        device = self._execution_device
-        person = person_tensor(people, width, height).to(device)  # (B, 3, H, W)
-        garment = garment_tensor(garments, width, height).to(device)  # (B, 3, H, W)
-        mask = mask_tensor(masks, width, height).to(device)  # (B, 1, H, W)
+        person = person_tensor(people, width, height)  # (B, 3, H, W)
+        garment = garment_tensor(garments, width, height)  # (B, 3, H, W)
+        mask = mask_tensor(masks, width, height)  # (B, 1, H, W)
         # 3. Encode what the UNet is shown
         condition = self.encode_condition(person * (mask < 0.5), garment, mask, guided=guidance_scale > 1)
         # 4. Draw the noise
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        latents = self.prepare_latents(len(people), height, width, generator)
+        scheduler = solver_like(self.scheduler, knobs.solver, num_inference_steps)
+        latents = self.prepare_latents(len(people), height, width, generator).mul(scheduler.init_noise_sigma)
+        steps = steps_of(scheduler, latents, generator, eta)
         # 5. Denoise
-        step_options = self.prepare_step_options(generator, eta)
-        latents = self.denoise(latents, condition, guidance_scale, step_options, callback_on_step_end)
+        latents = self.denoise(latents, condition, guidance_scale, steps, knobs, callback_on_step_end)
         # 6. Keep the person's half and decode it
         latents = self.unscale(latents[..., : latents.shape[-2] // 2, :])  # (B, C, H/8, W/8)
         flags = None
@@ -192,6 +196,7 @@ class CatVTONPipeline(DiffusionPipeline):  # type: ignore[misc]
     ) -> torch.Tensor:
         """The channels that stay the same in every step: (B or 2B, 1 + C, 2H/8, W/8), unconditional first."""
         masked_latent, garment_latent = self.encode(masked), self.encode(garment)  # (B, C, H/8, W/8)
+        mask = mask.to(masked_latent.device)
         mask_latent = functional.interpolate(mask, size=masked_latent.shape[-2:], mode="nearest")
         mask_canvas = torch.cat([mask_latent, torch.zeros_like(mask_latent)], dim=-2)  # (B, 1, 2H/8, W/8)
         with_garment = torch.cat([mask_canvas, torch.cat([masked_latent, garment_latent], dim=-2)], dim=1)
@@ -201,52 +206,53 @@ class CatVTONPipeline(DiffusionPipeline):  # type: ignore[misc]
         return torch.cat([torch.cat([mask_canvas, no_garment], dim=1), with_garment])
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The mode of the posterior of pictures in [-1, 1], scaled: (B, C, H/8, W/8) float32."""
-        latents: torch.Tensor = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode().float()
+        """The mode of the posterior of pictures in [-1, 1], scaled: (B, C, H/8, W/8) float32.
+
+        With a `latent_cache`, pictures that are on the CPU are looked up there, and encoded one by one.
+        """
+        if self.latent_cache is None or pixels.device.type != "cpu":
+            return self._encode(pixels)
+        return torch.cat([self._encoded_once(picture, self.latent_cache) for picture in pixels])
+
+    def _encoded_once(self, picture: torch.Tensor, cache: LatentCache) -> torch.Tensor:
+        key = content_key(picture)
+        latents = cache.recall(key)
+        if latents is None:
+            latents = self._encode(picture[None])
+            cache.keep(key, latents)
+        return latents
+
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        pixels = pixels.to(self._execution_device, self.vae.dtype)
+        latents: torch.Tensor = self.vae.encode(pixels).latent_dist.mode().float()
         return latents.sub(self.vae.config.shift_factor or 0.0).mul(self.vae.config.scaling_factor)
 
     def prepare_latents(self, batch: int, height: int, width: int, generator: Generators) -> torch.Tensor:
-        """Noise of the scheduler's scale: (B, C, 2H/8, W/8), float32 so that every dtype draws the same numbers."""
+        """Standard noise: (B, C, 2H/8, W/8), float32 so that every dtype draws the same numbers."""
         factor = self.vae_scale_factor
         shape = (batch, self.vae.config.latent_channels, 2 * height // factor, width // factor)
         noise: torch.Tensor = randn_tensor(shape, generator, device=self._execution_device, dtype=torch.float32)
-        return noise.mul(self.scheduler.init_noise_sigma)
-
-    def prepare_step_options(self, generator: Generators, eta: float) -> dict[str, Any]:
-        """Of eta and generator, those that the scheduler's step takes."""
-        taken = inspect.signature(self.scheduler.step).parameters
-        return {key: option for key, option in (("eta", eta), ("generator", generator)) if key in taken}
+        return noise
 
     def denoise(
         self,
         latents: torch.Tensor,
         condition: torch.Tensor,
         guidance_scale: float,
-        step_options: dict[str, Any],
+        steps: Steps,
+        knobs: Knobs = EXACT,
         callback_on_step_end: StepCallback | None = None,
     ) -> torch.Tensor:
-        """The latents, (B, C, 2H/8, W/8), after every step of the scheduler."""
-        steps: Iterable[torch.Tensor] = self.progress_bar(self.scheduler.timesteps)
-        for index, timestep in enumerate(steps):
-            prediction = self.predict(latents, timestep, condition, guidance_scale)
-            latents = self.scheduler.step(prediction, timestep, latents, **step_options, return_dict=False)[0]
+        """The latents, (B, C, 2H/8, W/8), after every step."""
+        denoising = Denoising(self.unet, condition, len(latents), guidance_scale, knobs, steps.timesteps)
+        indices: Iterable[int] = self.progress_bar(range(len(steps.timesteps)))
+        for index in indices:
+            prediction = denoising.predict(steps.scaled(latents, index), index)
+            latents = steps.after(latents, prediction, index)
             if callback_on_step_end is not None:
-                latents = callback_on_step_end(self, index, timestep, {"latents": latents}).get("latents", latents)
+                told = callback_on_step_end(self, index, steps.timesteps[index], {"latents": latents})
+                latents = told.get("latents", latents)
         return latents
-
-    def predict(
-        self, latents: torch.Tensor, timestep: torch.Tensor, condition: torch.Tensor, guidance_scale: float
-    ) -> torch.Tensor:
-        """The UNet's prediction for latents of (B, C, 2H/8, W/8), guided where the condition has two branches."""
-        branches = condition.shape[0] // latents.shape[0]
-        noisy = torch.cat([self.scheduler.scale_model_input(latents, timestep)] * branches)
-        unet_input = torch.cat([noisy, condition], dim=1).to(self.unet.dtype)  # (B or 2B, 2C + 1, 2H/8, W/8)
-        prediction: torch.Tensor = self.unet(unet_input, timestep, encoder_hidden_states=None, return_dict=False)[0]
-        prediction = prediction.float()
-        if branches == 1:
-            return prediction
-        unconditional, conditional = prediction.chunk(2)
-        return unconditional + guidance_scale * (conditional - unconditional)
 
     def unscale(self, latents: torch.Tensor) -> torch.Tensor:
         """What the VAE decodes: the latents divided by its scaling factor."""

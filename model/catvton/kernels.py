@@ -1,0 +1,79 @@
+"""Which of torch's attention kernels computes which attention."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Callable
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+CANDIDATES = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+RUNS = 3
+BETTER = 0.95  # of the time of the one before, or the choice would change from start to start
+
+Shape = tuple[torch.device, torch.dtype, tuple[int, ...], tuple[int, ...]]
+
+log = logging.getLogger("vton.kernels")
+_chosen: dict[Shape, SDPBackend] = {}
+
+
+def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """softmax(q k / sqrt(channels)) v of (B, heads, tokens, channels), by the fastest kernel for these shapes.
+
+    On CUDA the kernels are timed when a shape is first seen, which is at the warm-up. Elsewhere there is one.
+    """
+    if queries.device.type != "cuda" or torch.compiler.is_compiling():
+        return scaled_dot_product_attention(queries, keys, values)
+    shape = (queries.device, queries.dtype, tuple(queries.shape), tuple(keys.shape))
+    if shape not in _chosen:
+        _chosen[shape] = _fastest_on_cuda(queries, keys, values)
+    with sdpa_kernel(_chosen[shape]):
+        return scaled_dot_product_attention(queries, keys, values)
+
+
+def chosen_kernels() -> dict[str, str]:
+    """The kernels chosen so far, by shape: "2x8x24576x40" -> "CUDNN_ATTENTION"."""
+    return {"x".join(map(str, queries)): kernel.name for (_, _, queries, _), kernel in _chosen.items()}
+
+
+def fastest(candidates: Sequence[SDPBackend], time_of: Callable[[SDPBackend], float]) -> SDPBackend:
+    """The first of the candidates that no later one beats clearly; torch's own fallback where none runs.
+
+    Args:
+        candidates: in order of preference.
+        time_of: seconds of one call; raises RuntimeError where the kernel cannot take the shape.
+    """
+    best, best_s = SDPBackend.MATH, float("inf")
+    for kernel in candidates:
+        with suppress(RuntimeError):
+            taken_s = time_of(kernel)
+            if taken_s < BETTER * best_s:
+                best, best_s = kernel, taken_s
+    return best
+
+
+def _fastest_on_cuda(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> SDPBackend:
+    def time_of(kernel: SDPBackend) -> float:
+        with sdpa_kernel(kernel), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # why a kernel cannot take a shape
+            scaled_dot_product_attention(queries, keys, values)
+            return statistics.median(_seconds(queries, keys, values) for _ in range(RUNS))
+
+    kernel = fastest(CANDIDATES, time_of)
+    log.info("attention_kernel", extra={"kernel": kernel.name, "shape": "x".join(map(str, queries.shape))})
+    return kernel
+
+
+def _seconds(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> float:
+    torch.cuda.synchronize(queries.device)
+    began = time.perf_counter()
+    scaled_dot_product_attention(queries, keys, values)
+    torch.cuda.synchronize(queries.device)
+    return time.perf_counter() - began
