@@ -1,7 +1,8 @@
 # syntax=docker/dockerfile:1
 # hadolint global ignore=DL3006
 # The endpoint's image. Targets: `sagemaker` (the default) reads its weights from /opt/ml/model; `baked` carries those of
-# the build context `weights`. torch's wheels bring every CUDA library, so the `base` image of CUDA is enough.
+# the build context `weights`; `runpod` carries them too, and is RunPod's worker. torch's wheels bring every CUDA library,
+# so the `base` image of CUDA is enough.
 # The tags are here, where hadolint does not look for them.
 ARG BASE=nvidia/cuda:11.8.0-base-ubuntu22.04
 ARG UV_IMAGE=ghcr.io/astral-sh/uv:0.13.8
@@ -27,6 +28,12 @@ RUN --mount=type=cache,target=/cache/uv \
     && uv pip install --index "${TORCH_INDEX}" "torch==${TORCH}" \
     && uv pip check
 
+FROM libraries AS runpod-libraries
+COPY requirements/image-runpod.txt /tmp/image-runpod.txt
+RUN --mount=type=cache,target=/cache/uv \
+    uv pip install --require-hashes --no-deps --requirement /tmp/image-runpod.txt \
+    && uv pip check
+
 FROM ${BASE} AS code
 ARG TRAINING=yes
 COPY . /opt/app
@@ -38,17 +45,19 @@ RUN --mount=type=bind,from=libraries,source=/opt/python,target=/opt/python \
     && chmod -R a+rX /opt/app \
     && /opt/venv/bin/python -m compileall -q --invalidation-mode checked-hash /opt/app
 
-FROM ${BASE} AS runtime
-LABEL com.amazonaws.sagemaker.capabilities.accept-bind-to-port=true
+FROM ${BASE} AS environment
 ENV PATH=/opt/venv/bin:${PATH} PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility VTON_WEIGHTS=/opt/ml/model
 WORKDIR /opt/app
+# No USER: SageMaker wants root. Nothing is written but to /tmp, so that any other user will do.
+ENTRYPOINT ["/opt/app/container/entrypoint"]
+
+FROM environment AS runtime
+LABEL com.amazonaws.sagemaker.capabilities.accept-bind-to-port=true
 EXPOSE 8080
 HEALTHCHECK --interval=30s --timeout=5s --start-period=10m CMD ["python", "-c", \
     "import os, urllib.request as web; env = os.environ.get; \
     web.urlopen(f\"http://127.0.0.1:{env('VTON_PORT') or env('SAGEMAKER_BIND_TO_PORT') or 8080}/ping\", timeout=4)"]
-# No USER: SageMaker wants root. Nothing is written but to /tmp, so that any other user will do.
-ENTRYPOINT ["/opt/app/container/entrypoint"]
 CMD ["serve"]
 COPY --from=libraries /opt/python /opt/python
 COPY --from=libraries /opt/venv /opt/venv
@@ -67,6 +76,16 @@ RUN --mount=type=bind,from=libraries,source=/opt/python,target=/opt/python \
 FROM runtime AS baked
 ARG VARIANT=mix
 ENV VTON_WEIGHTS=/opt/weights VTON_VARIANT=${VARIANT}
+COPY --from=verified /opt/weights /opt/weights
+COPY --from=code /opt/app /opt/app
+
+# A worker asks the platform for its jobs: it listens on no port, and what it does is its sign of life.
+FROM environment AS runpod
+ARG VARIANT=mix
+ENV VTON_WEIGHTS=/opt/weights VTON_VARIANT=${VARIANT}
+CMD ["runpod"]
+COPY --from=runpod-libraries /opt/python /opt/python
+COPY --from=runpod-libraries /opt/venv /opt/venv
 COPY --from=verified /opt/weights /opt/weights
 COPY --from=code /opt/app /opt/app
 

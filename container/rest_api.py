@@ -35,18 +35,17 @@ from container.errors import (
     UnsupportedContentType,
 )
 from container.fetch import MAX_BYTES
+from container.form import CLOTH_TYPE, IMAGES, try_on_of
 from container.gate import Gate, TooOften
-from container.request import CallContext, TryOnRequest, parse_try_on, upload_reference
+from container.request import CallContext, TryOnRequest, upload_reference
 from container.sharing import Admission
 from container.vton_api import answered, enter, not_serving, run_admitted, wanted
 from container.wiring import App
 from model.interface import OutOfMemory
 
-IMAGES = {"person_image", "cloth_image", "lower_cloth_image", "mask_image"}
 NUMBERS: dict[str, Callable[[str], float]] = {"num_inference_steps": int, "guidance_scale": float, "seed": int}
-DEFAULTS: dict[str, object] = {"cloth_type": "upper", "num_inference_steps": 50, "guidance_scale": 2.5, "seed": 42}
-TEXTS = {"cloth_type", "composite", "output_size", "output_format", "userId", "timestamp"}
-CALLER = {"userId": "rest", "timestamp": "upload"}  # where the form names none; nothing is stored under them
+DEFAULTS: dict[str, object] = {"cloth_type": CLOTH_TYPE, "num_inference_steps": 50, "guidance_scale": 2.5, "seed": 42}
+TEXTS = {"cloth_type", "composite", "output_size", "output_format", "quality", "userId", "timestamp"}
 MAX_FORM_BYTES = len(IMAGES) * MAX_BYTES + 64 * 1024
 MAX_TEXT_BYTES = 4096
 UPLOAD_S = 30.0  # for the whole form
@@ -202,27 +201,10 @@ def request_of(form: Mapping[str, object]) -> TryOnRequest:
     Raises:
         InvalidRequest: with the field of the form that is at fault.
     """
-    fields = {**CALLER, **DEFAULTS, **{name: value for name, value in form.items() if value != ""}}
+    fields = {**DEFAULTS, **{name: value for name, value in form.items() if value != ""}}
     for name, number in NUMBERS.items():
         fields[name] = _number(name, fields[name], number)
-    fields.update(_pictures(fields))
-    return parse_try_on({name: value for name, value in fields.items() if name not in IMAGES})
-
-
-def _pictures(fields: Mapping[str, object]) -> dict[str, object]:
-    """The pictures by the names that a request has for them."""
-    for name in ("person_image", "cloth_image"):
-        if name not in fields:
-            raise InvalidRequest("missing", field=name)
-    cloth, lower, kind = fields["cloth_image"], fields.get("lower_cloth_image"), fields["cloth_type"]
-    if lower is not None and kind != "overall":
-        raise InvalidRequest("of no use for this type", field="lower_cloth_image")
-    names = {"person_image_url": fields["person_image"], "mask_image_url": fields.get("mask_image")}
-    if kind == "lower":
-        return {**names, "lower_cloth_url": cloth}
-    if kind == "overall" and lower is None:
-        return {**names, "overall_cloth_url": cloth}
-    return {**names, "upper_cloth_url": cloth, "lower_cloth_url": lower}
+    return try_on_of(fields)
 
 
 def _number(name: str, value: object, number: Callable[[str], float]) -> object:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,9 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ENTRYPOINT = REPOSITORY / "container" / "entrypoint"
-TARGETS = ("sagemaker", "baked")
+SERVING = ("sagemaker", "baked")
+TARGETS = (*SERVING, "runpod")
+LISTS = ("image.txt", "image-runpod.txt")
 CHANGE_THE_FILE_SYSTEM = ("COPY", "ADD", "RUN")
 
 
@@ -92,32 +96,64 @@ def test_a_plain_build_makes_the_image_for_sagemaker(stages):
     assert (stages[""].base, stages[""].steps) == ("sagemaker", [])
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_entry_point_and_command_have_exec_form(stages, target):
+@pytest.mark.parametrize(("target", "command"), [("sagemaker", "serve"), ("baked", "serve"), ("runpod", "runpod")])
+def test_entry_point_and_command_have_exec_form(stages, target, command):
     steps = dict(in_the_image(stages, target))
     assert json.loads(steps["ENTRYPOINT"]) == ["/opt/app/container/entrypoint"]
-    assert json.loads(steps["CMD"]) == ["serve"]
-    assert json.loads(steps["HEALTHCHECK"].partition(" CMD ")[2])[:2] == ["python", "-c"]
+    assert json.loads(steps["CMD"]) == [command]
     assert "USER" not in steps
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", SERVING)
+def test_what_serves_is_asked_for_its_health(stages, target):
+    steps = dict(in_the_image(stages, target))
+    assert json.loads(steps["HEALTHCHECK"].partition(" CMD ")[2])[:2] == ["python", "-c"]
+
+
+def test_a_worker_listens_on_no_port_and_carries_its_weights(stages):
+    steps = in_the_image(stages, "runpod")
+    assert not {"EXPOSE", "HEALTHCHECK", "LABEL"} & {name for name, _ in steps}
+    assert ("COPY", "--from=verified /opt/weights /opt/weights") in steps
+    assert ("ENV", "VTON_WEIGHTS=/opt/weights VTON_VARIANT=${VARIANT}") in steps
+
+
+def test_a_workers_libraries_are_those_of_the_other_images_and_the_sdk(stages):
+    assert stages["runpod-libraries"].base == "libraries"
+    ours, more = ({pin_of(line) for line in pins(name)} for name in LISTS)
+    assert ours < more
+    assert [pin for pin in more - ours if pin.startswith("runpod==")]
+
+
+@pytest.mark.parametrize("target", SERVING)
 def test_the_label_and_the_port_are_those_of_sagemaker(stages, target):
     steps = dict(in_the_image(stages, target))
     assert steps["LABEL"] == "com.amazonaws.sagemaker.capabilities.accept-bind-to-port=true"
     assert steps["EXPOSE"] == "8080"
 
 
-def test_packages_are_installed_by_their_hashes_from_a_cache_that_does_not_stay(stages):
-    (run,) = stages["libraries"].all("RUN")
+@pytest.mark.parametrize(("stage", "name"), [("libraries", LISTS[0]), ("runpod-libraries", LISTS[1])])
+def test_packages_are_installed_by_their_hashes_from_a_cache_that_does_not_stay(stages, stage, name):
+    assert stages[stage].all("COPY")[-1] == f"requirements/{name} /tmp/{name}"
+    (run,) = stages[stage].all("RUN")
     assert run.startswith("--mount=type=cache,target=/cache/uv ")
-    assert "--require-hashes --no-deps --requirement /tmp/image.txt" in run
+    assert f"--require-hashes --no-deps --requirement /tmp/{name}" in run
     assert run.endswith("uv pip check")
 
 
-def test_every_requirement_of_the_image_has_hashes_and_none_is_torch_or_cuda():
-    text = (REPOSITORY / "requirements" / "image.txt").read_text().replace("\\\n", " ")
-    packages = [line for line in text.splitlines() if line and not line.startswith("#")]
+def pins(name):
+    """The packages of a list, each with its hashes on one line."""
+    text = (REPOSITORY / "requirements" / name).read_text().replace("\\\n", " ")
+    return [line for line in text.splitlines() if line and not line.startswith("#")]
+
+
+def pin_of(line):
+    """name==version, without what it is for and its hashes."""
+    return line.split(" ")[0]
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_every_requirement_of_the_image_has_hashes_and_none_is_torch_or_cuda(name):
+    packages = pins(name)
     assert all("--hash=sha256:" in line for line in packages)
     assert not [line for line in packages if re.match(r"(torch|triton|nvidia-.*|cuda-.*)==", line)]
 
@@ -126,7 +162,7 @@ def test_the_build_is_given_what_it_copies_and_nothing_else(stages):
     lines = (REPOSITORY / ".dockerignore").read_text().split()
     assert lines[0] == "*"
     given = [line[1:] for line in lines if line.startswith("!")]
-    assert set(given) == {"container", "model", "requirements/image.txt", "LICENSE", "NOTICE"}
+    assert set(given) == {"container", "model", *(f"requirements/{name}" for name in LISTS), "LICENSE", "NOTICE"}
     assert all((REPOSITORY / path).exists() for path in given if not path.startswith("requirements"))
     assert stages["code"].all("COPY") == [". /opt/app"]
 
@@ -145,17 +181,24 @@ def test_baked_weights_come_from_a_folder_and_are_verified(stages, stage):
 
 @pytest.fixture
 def entrypoint(tmp_path):
-    """It, between a `serve` and a `train` that tell what became of them."""
+    """It, between a `serve`, a `train` and a worker that tell what became of them."""
+    folder = tmp_path / "container"
+    folder.mkdir()
     for name in ("serve", "train"):
-        (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $#" $$\nexit 7\n')
-        (tmp_path / name).chmod(0o755)
-    (tmp_path / "entrypoint").write_text(ENTRYPOINT.read_text())
-    (tmp_path / "entrypoint").chmod(0o755)
-    return tmp_path / "entrypoint"
+        (folder / name).write_text(f'#!/bin/sh\necho "{name} $#" $$\nexit 7\n')
+        (folder / name).chmod(0o755)
+    worker = 'import os, sys\nprint("runpod", len(sys.argv) - 1, os.getpid(), *sys.argv[1:])\nsys.exit(7)\n'
+    (folder / "runpod_handler.py").write_text(worker)
+    (folder / "entrypoint").write_text(ENTRYPOINT.read_text())
+    (folder / "entrypoint").chmod(0o755)
+    return folder / "entrypoint"
 
 
 def start(entrypoint, *arguments):
-    process = subprocess.Popen([entrypoint, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environ = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    process = subprocess.Popen(
+        [entrypoint, *arguments], env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     said, refused = process.communicate(timeout=10)
     return process, said, refused
 
@@ -164,11 +207,16 @@ def test_it_can_be_executed():
     assert ENTRYPOINT.stat().st_mode & 0o111 == 0o111
 
 
-@pytest.mark.parametrize("command", ["serve", "train"])
+@pytest.mark.parametrize("command", ["serve", "train", "runpod"])
 def test_the_command_takes_the_place_of_the_entry_point_so_that_signals_reach_it(entrypoint, command):
     process, said, _ = start(entrypoint, command)
     assert said.split() == [command, "0", str(process.pid)]
     assert process.returncode == 7
+
+
+def test_a_worker_gets_the_arguments_of_its_sdk(entrypoint):
+    _, said, _ = start(entrypoint, "runpod", "--rp_serve_api", "a b")
+    assert said.split() == ["runpod", "2", said.split()[2], "--rp_serve_api", "a", "b"]
 
 
 WRONG = [[], [""], ["bash"], ["serve", "train"], ["serve", "--port"], ["../serve"], ["-h"], ["serve\n"], ["$(id)"]]

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from structlog.testing import capture_logs
 from urllib3.filepost import encode_multipart_formdata
 
+from container.runpod_handler import Handler
+
+from ..job_plane import STAND_IN, JobPlane, job_plane, worker_process
 from ..pictures import good_files, pixels_of
-from ..registry import not_applicable, row
+from ..registry import row
 from ..stage import FIELD_OF, ROLES, Stage
 
 COMMAND = Path(sys.executable).with_name("vton")
 UNREADABLE = "/proc/self/mem"  # of which not even root can read the beginning
-
-not_applicable("R03", "there is no RunPod handler yet")
 
 
 @row("R01", lane="models")
@@ -43,19 +47,82 @@ def same_by_every_door(stage: Stage) -> str:
     one, other = pixels_of(output.read_bytes()), pixels_of(stage.stored(by_http["object_key"]))
     assert (one == other).all(), "the pixels differ"
     _same_by_rest(stage, fields, by_http)
-    return "shortened: SageMaker, REST and the command line; there is no RunPod door yet"
+    _same_by_runpod(stage, fields, by_http)
+    return "RunPod by the SDK's own worker loop"
+
+
+def _form(fields: dict[str, object]) -> dict[str, str]:
+    """The same request by the names of a form."""
+    names = {"person_image": "person", "cloth_image": "upper", "mask_image": "mask"}
+    form = {name: str(fields[FIELD_OF[role]]) for name, role in names.items()}
+    return {**form, **{name: str(fields[name]) for name in ("userId", "timestamp", "cloth_type", "output_format")}}
 
 
 def _same_by_rest(stage: Stage, fields: dict[str, object], by_http: dict[str, Any]) -> None:
     """The REST door answers with the bytes that the other one stored."""
-    names = {"person_image": "person", "cloth_image": "upper", "mask_image": "mask"}
-    form = {name: str(fields[FIELD_OF[role]]) for name, role in names.items()}
-    form.update({name: str(fields[name]) for name in ("userId", "timestamp", "cloth_type", "output_format")})
+    form = _form(fields)
     body, content_type = encode_multipart_formdata({**form, "num_inference_steps": "2"})
     answer = stage.keep(stage.embedded.call("POST", "/api/try-on", body, {"Content-Type": content_type}))
     assert answer.status == 200, answer.content[:300]
     assert answer.headers["x-job-id"] == by_http["job_id"]
     assert base64.b64decode(answer.json()["imageBase64"]) == stage.stored(by_http["object_key"]), "the bytes differ"
+
+
+def _same_by_runpod(stage: Stage, fields: dict[str, object], by_http: dict[str, Any]) -> None:
+    """A RunPod job finds what is stored, and one that wants the picture gets its bytes."""
+    folder = stage.new_folder("runpod")
+    with job_plane() as plane, worker_process(folder, {**stage.environment(), **plane.environment()}):
+        by_key = _output(plane, "key", fields)
+        by_picture = _output(plane, "picture", _form(fields))
+    for name in ("job_id", "object_key", "etag"):
+        assert by_key[name] == by_http[name], f"{name}: {by_key[name]} and {by_http[name]}"
+    assert by_picture["job_id"] == by_http["job_id"]
+    assert base64.b64decode(by_picture["result_image"]) == stage.stored(by_http["object_key"]), "the bytes differ"
+
+
+def _output(plane: JobPlane, job_id: str, asked: object) -> dict[str, Any]:
+    plane.put({"id": job_id, "input": asked})
+    result = plane.result(job_id)
+    assert "error" not in result, result
+    output: dict[str, Any] = result["output"]
+    return output
+
+
+@row("R03")
+def jobs_without_an_input(stage: Stage) -> str:
+    """An error result for each, a good job after them, and nothing else; what has no id never leaves the SDK's loop."""
+    jobs: list[dict[str, Any]] = [
+        {"id": "without"},
+        {"id": "null", "input": None},
+        {"id": "list", "input": [1]},
+        {"id": "text", "input": "text"},
+        {"id": "empty", "input": {}},
+    ]
+    environ = {**stage.environment(), "VTON_ENGINE": "stand-in", "VTON_MASKER": "off"}
+    before = (stage.keys(), len(stage.messages()))
+    with job_plane() as plane:
+        environ.update(plane.environment())
+        with worker_process(stage.new_folder("runpod"), environ, what=(str(STAND_IN),)) as process:
+            plane.put(*jobs)
+            for job in jobs:
+                _refused(plane.result(job["id"]))
+            assert (stage.keys(), len(stage.messages())) == before, "something was stored or told"
+            done = _output(plane, "good", stage.fields_from(stage.plain))
+            assert done["object_key"] in stage.keys(done["object_key"]), "a good job left no object"
+            process.terminate()
+            assert process.wait(60) == 0
+    app: Any = SimpleNamespace(worker=SimpleNamespace(device_failed=False))  # which nobody asks for anything else
+    for nameless in ({"input": {}}, {"id": None, "input": {}}, {}, None, []):
+        with capture_logs():
+            answered = asyncio.run(Handler(app)(nameless))
+        _refused({"error": answered.pop("error"), "output": answered})
+    return "a job without an id by the handler alone"
+
+
+def _refused(result: dict[str, Any]) -> None:
+    assert result["error"].startswith("invalid_request: "), result
+    assert (result["output"]["code"], result["output"]["retryable"]) == ("invalid_request", False), result
+    assert "Traceback" not in json.dumps(result), result
 
 
 @row("R05", lane="models")

@@ -1,0 +1,92 @@
+"""The names that forms have for a try-on: its pictures by what they show, whatever the cloth type makes of them."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Mapping
+
+from container.errors import ImageTooLarge, InvalidRequest
+from container.fetch import MAX_BYTES
+from container.request import TryOnRequest, parse_try_on, upload_reference
+
+OTHER_NAMES = sorted(name for name in TryOnRequest.model_fields if name.endswith("_url"))  # of the same pictures
+IMAGES = ("person_image", "cloth_image", "lower_cloth_image", "mask_image")
+CALLER = {"userId": "rest", "timestamp": "upload"}  # where a form names none; nothing is stored under them
+CLOTH_TYPE = "upper"  # where a form names none
+MAX_BASE64 = 4 * -(-MAX_BYTES // 3)  # characters
+DATA_URL = re.compile(r"data:[^,]{0,128};base64", re.IGNORECASE)  # what stands before its comma
+REFERENCE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,15}://")
+
+
+def try_on_of(form: Mapping[str, object]) -> TryOnRequest:
+    """The request that the fields of a form make; its pictures are URLs or references to uploads.
+
+    Raises:
+        InvalidRequest: with the field of the form that is at fault.
+    """
+    fields = {**CALLER, "cloth_type": CLOTH_TYPE, **form}
+    pictures = _pictures(fields)
+    for name in OTHER_NAMES:
+        if name in fields:
+            raise InvalidRequest("beside the form's own names", field=name)
+    others = {name: value for name, value in fields.items() if name not in IMAGES}
+    try:
+        return parse_try_on({**others, **{place: fields.get(name) for place, name in pictures.items()}})
+    except InvalidRequest as exc:
+        if exc.field not in pictures:
+            raise
+        raise InvalidRequest(str(exc), field=pictures[exc.field]) from exc
+
+
+def with_uploads(form: Mapping[str, object]) -> tuple[dict[str, object], dict[str, bytes]]:
+    """The form with a reference in the place of each picture that stands in it as base64, and the files by reference.
+
+    Raises:
+        InvalidRequest, ImageTooLarge: with the field of the form that is at fault.
+    """
+    fields, uploads = dict(form), {}
+    for name in IMAGES:
+        value = fields.get(name)
+        if value is None or (isinstance(value, str) and REFERENCE.match(value)):
+            continue
+        content = _file(name, value)
+        fields[name] = upload_reference(content)
+        uploads[upload_reference(content)] = content
+    return fields, uploads
+
+
+def _file(name: str, value: object) -> bytes:
+    """The file in base64, behind `data:...;base64,` or not."""
+    if not isinstance(value, str):
+        raise InvalidRequest("no text", field=name)
+    head, encoded = "", value
+    if value[:5].lower() == "data:":
+        head, _, encoded = value.partition(",")
+        if not DATA_URL.fullmatch(head):
+            raise InvalidRequest("a data URL without base64", field=name)
+    if len(encoded) > MAX_BASE64:
+        raise ImageTooLarge(f"{len(encoded)} characters", field=name)
+    try:
+        content = base64.b64decode(encoded, validate=True)
+    except ValueError as exc:
+        raise InvalidRequest("neither a URL nor base64", field=name) from exc
+    if not content:
+        raise InvalidRequest("empty", field=name)
+    return content
+
+
+def _pictures(fields: Mapping[str, object]) -> dict[str, str]:
+    """The names that a request has for the pictures -> those of the form."""
+    for name in ("person_image", "cloth_image"):
+        if fields.get(name) is None:
+            raise InvalidRequest("missing", field=name)
+    kind, lower = fields["cloth_type"], fields.get("lower_cloth_image")
+    if lower is not None and kind != "overall":
+        raise InvalidRequest("of no use for this type", field="lower_cloth_image")
+    names = {"person_image_url": "person_image", "mask_image_url": "mask_image"}
+    if kind == "lower":
+        return {**names, "lower_cloth_url": "cloth_image"}
+    if kind == "overall" and lower is None:
+        return {**names, "overall_cloth_url": "cloth_image"}
+    return {**names, "upper_cloth_url": "cloth_image", "lower_cloth_url": "lower_cloth_image"}
