@@ -19,13 +19,13 @@ from container.fetch import Fetcher
 from container.images import FILE_OF, encode
 from container.notify import Notifier, completion
 from container.person_masks import PersonMasker
-from container.request import MAX_SEED, RANDOM_SEED, CallContext, TryOnRequest, TryOnResult
+from container.request import MAX_SEED, RANDOM_SEED, CallContext, Quality, TryOnRequest, TryOnResult
 from container.sharing import KeyLocks
 from container.storage import Storage, StoredObject, all_keys_for, key_for, same_job
 from container.telemetry import Metrics, StageTimes
 from container.worker import Worker
 from model import geometry
-from model.interface import GenerationSettings, Image, TryOnInputs
+from model.interface import EXACT, GenerationSettings, Image, TryOnInputs
 
 MODEL_WIDTH, MODEL_HEIGHT = 768, 1024  # px; what the published weights were trained at
 MASK_GIVEN, MASK_AUTO = "given", "auto"
@@ -42,6 +42,7 @@ class Defaults:
         join: how top and bottom become one garment.
         key_prefix: what every key begins with.
         width, height: of the pictures that the model makes, px.
+        quality: what is traded for speed.
     """
 
     steps: int
@@ -50,6 +51,7 @@ class Defaults:
     key_prefix: str = ""
     width: int = MODEL_WIDTH
     height: int = MODEL_HEIGHT
+    quality: Quality = EXACT
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,8 @@ class TryOnService:
     def _complete(self, request: TryOnRequest) -> TryOnRequest:
         if request.mask_image_url is None and not self._masker.available:
             raise InvalidRequest("no automatic masker is configured", field="mask_image_url")
-        return request.with_defaults(steps=self._defaults.steps, guidance=self._defaults.guidance)
+        defaults = self._defaults
+        return request.with_defaults(steps=defaults.steps, guidance=defaults.guidance, quality=defaults.quality)
 
     def _make(
         self, request: TryOnRequest, deadline: float, times: StageTimes, context: CallContext, late_s: float = 0.0
@@ -264,12 +267,12 @@ def prepare(
 
 
 def _generation_settings(request: TryOnRequest, inputs: TryOnInputs, context: CallContext) -> GenerationSettings:
-    steps, guidance = request.num_inference_steps, request.guidance_scale
-    if steps is None or guidance is None:
+    steps, guidance, quality = request.num_inference_steps, request.guidance_scale, request.quality
+    if steps is None or guidance is None or quality is None:
         raise ValueError("the request's defaults are still open")
     seed = secrets.randbelow(MAX_SEED) if request.seed == RANDOM_SEED else request.seed
     height, width = inputs.mask.shape
-    return GenerationSettings(steps, guidance, seed, width, height, context.on_step)
+    return GenerationSettings(steps, guidance, seed, width, height, quality, context.on_step)
 
 
 def _composite(

@@ -22,6 +22,7 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import Annotated
 
 from container.errors import InvalidRequest
+from model.interface import EXACT, FAST, FAST_STEPS
 
 DEFAULT_SEED = 42  # the deployed system's
 RANDOM_SEED = -1
@@ -37,6 +38,7 @@ Url = Annotated[str, StringConstraints(min_length=1, max_length=MAX_URL_CHARACTE
 ClothType = Literal["upper", "lower", "overall", "inner", "outer"]
 CLOTH_TYPES: Tuple[ClothType, ...] = get_args(ClothType)
 MASK_TASK = "mask"
+Quality = Literal["exact", "balanced", "fast"]
 
 GARMENT_FIELDS = {"upper_cloth_url", "lower_cloth_url", "overall_cloth_url"}
 GARMENTS_OF: Dict[str, Tuple[str, ...]] = {
@@ -71,6 +73,7 @@ class TryOnRequest(BaseModel):
     output_size: Literal["model", "person"] = "model"
     output_format: Literal["jpeg", "png", "webp"] = "jpeg"
     output_quality: int = Field(default=95, ge=1, le=100)
+    quality: Optional[Quality] = None
     task: Literal["try_on"] = "try_on"
 
     @model_validator(mode="after")
@@ -89,15 +92,22 @@ class TryOnRequest(BaseModel):
             return (self.overall_cloth_url,)
         return tuple(getattr(self, name) for name in GARMENTS_OF[self.cloth_type])
 
-    def with_defaults(self, *, steps: int, guidance: float) -> TryOnRequest:
-        """The same request with the settings' defaults in the places that the caller left open."""
-        defaults = {"num_inference_steps": steps, "guidance_scale": guidance}
+    def with_defaults(self, *, steps: int, guidance: float, quality: Quality = EXACT) -> TryOnRequest:
+        """The same request with the settings' defaults in the places that the caller left open.
+
+        The fast quality takes at most `FAST_STEPS`, unless the caller says how many.
+        """
+        quality = self.quality or quality
+        steps = min(steps, FAST_STEPS) if quality == FAST else steps
+        defaults = {"num_inference_steps": steps, "guidance_scale": guidance, "quality": quality}
         open_places = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         return self.model_copy(update=open_places)
 
     def job_id(self) -> str:
         """sha256 (64 hex digits) of the canonical inputs: the same pictures and numbers give the same id."""
         inputs = self.model_dump(exclude_defaults=True, exclude=GARMENT_FIELDS)
+        if self.quality == EXACT:  # the same job as before there were others
+            del inputs["quality"]
         inputs["garments"] = [_unsigned(url) for url in self.garment_urls()]
         inputs["person_image_url"] = _unsigned(self.person_image_url)
         if self.mask_image_url is not None:

@@ -41,6 +41,9 @@ class Settings(BaseModel):
         device: "auto", "cuda" or "cpu".
         dtype: "auto", "float16", "bfloat16" or "float32".
         tf32: allow TF32 on CUDA.
+        compile: "off", "inductor" (fused kernels) or "graphs" (the same as CUDA graphs): a start that is minutes longer,
+            or finds its cache, for faster steps.
+        memory: "normal", or "small" for cards of 6 GB: slower, with faint seams.
         garment_join: how top and bottom become one garment: "clean" (one width, white) or "legacy" (as deployed
             before: unscaled, black beside the narrower one).
         bucket: S3 bucket of the results.
@@ -51,6 +54,7 @@ class Settings(BaseModel):
         masker: "embedded", "schp" (the published parsers beside the weights), "off", or "auto": what fits the weights.
         steps: denoising steps where the request names none, 1-100.
         guidance: guidance scale where the request names none, 1-10.
+        quality: "exact", "balanced" or "fast" where the request says none: what is traded for speed.
         deadline_s: seconds from admission to answer, 1-3600; real-time endpoints end at 60.
         max_in_flight: requests admitted at a time, running and waiting.
         max_batch: pictures made at once, 1-16, where so many compatible requests wait.
@@ -77,6 +81,8 @@ class Settings(BaseModel):
     device: Literal["auto", "cuda", "cpu"] = "auto"
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     tf32: bool = True
+    compile: Literal["off", "inductor", "graphs"] = "off"
+    memory: Literal["normal", "small"] = "normal"
     garment_join: Literal["clean", "legacy"] = "clean"
     bucket: Optional[str] = Field(default=None, pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
     key_prefix: str = Field(default="", pattern=r"^([A-Za-z0-9_-]+/)*$")
@@ -86,6 +92,7 @@ class Settings(BaseModel):
     output_dir: Optional[Path] = None
     steps: int = Field(default=50, ge=1, le=100)
     guidance: float = Field(default=2.5, ge=1, le=10, allow_inf_nan=False)
+    quality: Literal["exact", "balanced", "fast"] = "exact"
     deadline_s: float = Field(default=55, ge=1, le=3600, allow_inf_nan=False)
     max_in_flight: int = Field(default=8, ge=1, le=1000)
     max_batch: int = Field(default=1, ge=1, le=16)

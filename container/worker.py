@@ -38,7 +38,7 @@ from model.interface import (
 )
 
 IDLE_POLL_S = 0.2  # how soon an idle thread notices that it should stop
-FIRST_ESTIMATE_S = 5.0  # of one generation, until the warm-up has measured one
+FIRST_ESTIMATE_S = 5.0  # of one generation at least, until one was measured
 
 
 class Abandoned(Exception):
@@ -171,6 +171,7 @@ class Worker:
         self._engine_name = ""
         self._masks = False
         self._estimate_s = FIRST_ESTIMATE_S
+        self._is_measured = False
         self._device_failed = False
 
     @property
@@ -237,9 +238,11 @@ class Worker:
         Raises:
             NotReady, Draining, DeadlineExceeded, GpuFailed, GenerationFailed, Overloaded, Abandoned.
         """
-        kind = (settings.steps, settings.guidance, settings.width, settings.height)
+        kind = (settings.steps, settings.guidance, settings.width, settings.height, settings.quality)
         done = self._do(_generate, (inputs, settings), kind, deadline, is_wanted, late_s)
-        self._estimate_s += 0.2 * (done.worked_s - self._estimate_s)  # follows the load within some ten pictures
+        share = 0.2 if self._is_measured else 1.0  # follows the load within some ten pictures; the first ends guessing
+        self._estimate_s += share * (done.worked_s - self._estimate_s)
+        self._is_measured = True
         return Generation(done.result, done.waited_s, done.worked_s)
 
     def mask(
@@ -298,7 +301,7 @@ class Worker:
             models = self._load()
             began = time.monotonic()
             self._warm_up(models)
-            self._estimate_s = time.monotonic() - began
+            self._estimate_s = max(FIRST_ESTIMATE_S, time.monotonic() - began)  # it may be smaller than a picture
             self._engine_name = models.engine.name
             self._masks = models.masker is not None
         except BaseException as exc:  # whatever it is, the process must learn of it and end

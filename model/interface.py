@@ -86,6 +86,7 @@ class EngineOptions:
         device: "auto", "cuda" or "cpu"; "auto" takes CUDA where there is one.
         dtype: "auto", "float16", "bfloat16" or "float32"; "auto" is float16 on CUDA and float32 on the CPU.
         tf32: allow TF32 matrix products on CUDA.
+        compilation: "off", "inductor" or "graphs": what compiles the network's steps.
         progress: show a bar of the denoising steps on stderr.
         memory: "normal", or "small" for cards of 6 GB: pictures are encoded and decoded in tiles, and of the networks
             only what works is on the card.
@@ -96,6 +97,7 @@ class EngineOptions:
     device: str = "auto"
     dtype: str = "auto"
     tf32: bool = True
+    compilation: str = "off"
     progress: bool = False
     memory: str = "normal"
 

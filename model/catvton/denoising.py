@@ -69,6 +69,7 @@ class Denoising:
 
     def predict(self, latents: torch.Tensor, index: int) -> torch.Tensor:
         """The guided prediction for (B, C, rows, columns) latents at a step; float32."""
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         latents = latents.to(self._unet.dtype)
         with_garment = self._condition[-self._batch :]
         if index >= self._guided_steps:
@@ -109,7 +110,10 @@ class Denoising:
             deep, since = branch.deep, branch.since
             deep.reuse = since is not None and index - since < self._knobs.deep_interval
             branch.since = since if deep.reuse else index
-        predicted: torch.Tensor = self._unet(
+        is_compiled = getattr(self._unet, "_compiled_call_impl", None) is not None
+        # What a replayed graph returns is overwritten by the next step's: what is kept longer is made outside of it.
+        forward = self._unet.forward if is_compiled and isinstance(canvas, RecordedCanvas) else self._unet
+        predicted: torch.Tensor = forward(
             torch.cat([latents, condition], dim=1),
             self._timesteps[index],
             encoder_hidden_states=None,
@@ -118,6 +122,8 @@ class Denoising:
             deep=deep,
             return_dict=False,
         )[0]
+        if is_compiled and deep is not None and deep.kept is not None and not deep.reuse:
+            deep.kept = deep.kept.clone()
         return predicted
 
     def _has_halves(self, condition: torch.Tensor) -> bool:
