@@ -41,8 +41,8 @@ class Settings(BaseModel):
         device: "auto", "cuda" or "cpu".
         dtype: "auto", "float16", "bfloat16" or "float32".
         tf32: allow TF32 on CUDA.
-        compile: "off", "inductor" (fused kernels) or "graphs" (the same as CUDA graphs): a start that is minutes longer,
-            or finds its cache, for faster steps.
+        compile: "off", "inductor" (fused kernels) or "graphs" (the same as CUDA graphs): faster steps for a start that
+            takes minutes longer, or finds its cache.
         memory: "normal", or "small" for cards of 6 GB: slower, with faint seams.
         garment_join: how top and bottom become one garment: "clean" (one width, white) or "legacy" (as deployed
             before: unscaled, black beside the narrower one).

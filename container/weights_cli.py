@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NoReturn
 
 import click
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from container.settings import SettingsError
 from container.weights_push import CONNECTIONS, Destination, DestinationInvalid, PushFailed, PushRefused, push
 from model import weights
-from model.artifact import MASKER_PART, Artifact, Progress, pack_folder, pack_tar, prove
+from model.artifact import MASKER_PART, Artifact, Progress, merge, pack_folder, pack_tar, prove
 
 EXIT_USAGE = 64  # sysexits: command line
 EXIT_OUTPUT = 73  # sysexits: cannot create the output
@@ -84,8 +85,11 @@ def weights_verify(directory: Path, variant: str) -> None:
 @_DIRECTORY
 @_VARIANT
 @_WITHOUT_MASKER
+@click.option(
+    "--merged", is_flag=True, help="All tensors of the model in one file, in float16, and none that it skips."
+)
 @click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="Folder, or file model.tar.gz.")
-def weights_pack(directory: Path, variant: str, without_masker: bool, output: Path) -> None:
+def weights_pack(directory: Path, variant: str, without_masker: bool, merged: bool, output: Path) -> None:
     """Make what SageMaker puts into /opt/ml/model: a folder to push, or a model.tar.gz.
 
     Nothing but the files that are read, with their record. They are loaded first, as the service loads them.
@@ -93,9 +97,13 @@ def weights_pack(directory: Path, variant: str, without_masker: bool, output: Pa
     if os.path.lexists(output):
         _end(EXIT_OUTPUT, f"{output} exists")
     pack = pack_tar if output.name.endswith(TAR) else pack_folder
-    with _sentences():
+    with _sentences(), ExitStack() as stack:
         artifact = prove(directory, variant, masker=not without_masker and _has_masker(directory))
         try:
+            if merged:
+                output.parent.mkdir(parents=True, exist_ok=True)
+                folder = stack.enter_context(TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent))
+                artifact = merge(artifact, Path(folder))
             with _bar(artifact) as progress:
                 pack(artifact, output, progress)
         except OSError as exc:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
@@ -29,7 +30,7 @@ from container.sharing import Admission
 from container.storage import LocalStorage, S3Storage, Storage, wait_until_reachable
 from container.telemetry import Metrics, Pseudonyms
 from container.worker import Models, Worker
-from model import ENGINES, choose_masker, load_engine, load_masker
+from model import ENGINES, choose_masker, device_of, load_engine, load_masker, without
 from model.interface import EngineOptions, GenerationSettings, MaskerOptions, PersonNotFound, TryOnInputs
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ FETCHES_PER_REQUEST = 4  # person, mask, top, bottom
 REACHABLE_S = 300.0  # a process that finds no bucket says so and waits, then ends
 FEWEST_DECODERS = 2  # so that one file that takes its time does not stop all others
 WARM_UP_STEPS = 2  # every kernel of a picture runs in two steps
+CPU_WARM_UP_PX = 64  # a side; a CPU chooses nothing by size, and a full picture would take it minutes
+UNUSED = ("transformers", "accelerate")  # diffusers would import them, for a second and a half
 AWS = Config(
     connect_timeout=3,
     read_timeout=10,
@@ -106,7 +109,7 @@ def build(settings: Settings, *, fetcher: Fetcher | None = None, progress: bool 
         notifier=_notifier(results),
         mask_notifier=_notifier(masks),
     )
-    warm_up = partial(_warm_up, settings.width, settings.height)
+    warm_up = partial(_warm_up, settings)
     return assemble(settings, ports, _loader(settings, ports.storage, progress), warm_up)
 
 
@@ -132,6 +135,7 @@ def assemble(settings: Settings, ports: Ports, load: Callable[[], Models], warm_
             key_prefix=settings.key_prefix,
             width=settings.width,
             height=settings.height,
+            quality=settings.quality,
         ),
         fetch_pool=ThreadPoolExecutor(FETCHES_PER_REQUEST * settings.max_in_flight, "fetch"),
         metrics=metrics,
@@ -214,8 +218,11 @@ def _loader(settings: Settings, storage: Storage, progress: bool) -> Callable[[]
         device=settings.device,
         dtype=settings.dtype,
         tf32=settings.tf32,
+        compilation=settings.compile,
         progress=progress,
+        memory=settings.memory,
     )
+    unused = [name for name in UNUSED if settings.memory == "normal" or name != "accelerate"]  # which offloads
 
     def load() -> Models:
         # Before torch is imported. Threads that spin for each other starve where cores are shared: on two busy ones a
@@ -223,25 +230,35 @@ def _loader(settings: Settings, storage: Storage, progress: bool) -> Callable[[]
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         # diffusers asks for CUDA's autocast when it is imported, whether there is CUDA or not.
         warnings.filterwarnings("ignore", "User provided device_type of 'cuda'", UserWarning)
-        engine = load_engine(settings.engine, options)
+        began = time.monotonic()
+        with without(unused):
+            engine = load_engine(settings.engine, options)
         name = choose_masker(settings.weights) if settings.masker == "auto" else settings.masker
         masker = None
         if name is not None and name != "off":
             masker = load_masker(name, MaskerOptions(settings.weights, settings.device, settings.dtype))
-        log.info("models_loaded", engine=engine.name, masker=name or "off")
+        log.info("models_loaded", engine=engine.name, masker=name or "off", elapsed_ms=_ms_since(began))
         wait_until_reachable(storage, REACHABLE_S)
         return Models(engine, masker)
 
     return load
 
 
-def _warm_up(width: int, height: int, models: Models) -> None:
-    """One small throw-away picture, at the size of the real ones; a masker finds nobody on it."""
+def _warm_up(settings: Settings, models: Models) -> None:
+    """One throw-away picture, on CUDA at the size of the real ones; a masker finds nobody on it."""
+    began = time.monotonic()
+    width, height, steps = settings.width, settings.height, WARM_UP_STEPS
+    if device_of(settings.device) == "cpu":
+        width, height, steps = CPU_WARM_UP_PX, CPU_WARM_UP_PX, 1
     grey = np.full((height, width, 3), 128, np.uint8)
     mask = np.zeros((height, width), np.uint8)
     mask[height // 4 : height // 2] = 255
-    settings = GenerationSettings(WARM_UP_STEPS, 2.0, 0, width, height)
-    models.engine.generate(TryOnInputs(grey, grey, mask), settings)
+    models.engine.generate(TryOnInputs(grey, grey, mask), GenerationSettings(steps, 2.0, 0, width, height))
     if models.masker is not None:
         with suppress(PersonNotFound):
             models.masker.mask(grey, "overall")
+    log.info("warmed_up", width=width, height=height, steps=steps, elapsed_ms=_ms_since(began))
+
+
+def _ms_since(began: float) -> float:
+    return round(1000 * (time.monotonic() - began), 1)

@@ -19,6 +19,7 @@ from typing import IO, Callable, cast
 
 from model import SCHP, load_engine, load_masker, weights
 from model.interface import EngineOptions, MaskerOptions
+from model.manifest import TENSORS, merged_name
 from model.weights import CHUNK_BYTES, RECORD, Entry, WeightsError
 
 ENGINE = "catvton"
@@ -66,6 +67,33 @@ def prove(weights_dir: Path, variant: str, *, masker: bool) -> Artifact:
         load_masker(SCHP, MaskerOptions(weights_dir, "cpu"))
     record = weights.record_of(weights_dir, parts)
     return Artifact(weights_dir, parts, record.files, weights.text_of(record))
+
+
+def merge(artifact: Artifact, folder: Path) -> Artifact:
+    """The same weights with all tensors of the engine in one file, in float16, and without those that it replaces.
+
+    Args:
+        artifact: the weights.
+        folder: is empty; gets the merged file, and links to the files beside it.
+    Returns:
+        The merged weights, loaded once as the service loads them.
+    Raises:
+        WeightsError: a file does not fit, or holds a number that float16 does not.
+        OSError: the folder cannot be written.
+    """
+    from model.catvton.checkpoint import write_merged  # loads torch
+
+    variant = artifact.parts[0][1]
+    replaced = {name for name in weights.names_read(artifact.directory, ENGINE, variant) if name.endswith(TENSORS)}
+    for name in artifact.files.keys() - replaced:
+        link = folder / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to((artifact.directory / name).resolve())
+    target = folder / str(merged_name(ENGINE, variant))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_merged(artifact.directory, variant, target)
+    (folder / RECORD).write_bytes(artifact.record)  # of the other files, and where they came from
+    return prove(folder, variant, masker=MASKER_PART in artifact.parts)
 
 
 def pack_folder(artifact: Artifact, output: Path, progress: Progress) -> None:

@@ -88,8 +88,8 @@ class EngineOptions:
         tf32: allow TF32 matrix products on CUDA.
         compilation: "off", "inductor" or "graphs": what compiles the network's steps.
         progress: show a bar of the denoising steps on stderr.
-        memory: "normal", or "small" for cards of 6 GB: pictures are encoded and decoded in tiles, and of the networks
-            only what works is on the card.
+        memory: "normal", or "small" for cards of 6 GB: pictures are encoded and decoded in tiles, and the networks
+            lie in the main memory and come to the card to work.
     """
 
     weights: str | Path

@@ -9,6 +9,8 @@ from typing import Annotated, Literal, Optional
 from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, TypeAdapter
 
 MANIFEST = Path(__file__).with_name("manifest.json")
+MERGED_FOLDERS = {"catvton": "CatVTON"}  # engine -> where one file may hold every tensor of a variant, by its name
+TENSORS = ".safetensors"
 
 
 class WeightsError(Exception):
@@ -50,6 +52,11 @@ class WeightFile(Strict):
     sha256: MaybeSha256
     parts: tuple[Part, ...]
     converted: bool = False
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether what is read of it stands in the merged file, too, where an engine has such."""
+        return self.path.endswith(TENSORS)
 
 
 @dataclass(frozen=True)
@@ -97,3 +104,9 @@ def files_for(engine: str, variant: str) -> list[tuple[Repository, WeightFile]]:
         names = sorted({part for _, file in every for part in file.parts})
         raise WeightsError(f"{MANIFEST.name} has no weights {engine}/{variant}; it has {', '.join(names)}")
     return needed
+
+
+def merged_name(engine: str, variant: str) -> str | None:
+    """The one file that may stand for all tensors that a variant reads, by its path; None where an engine has none."""
+    folder = MERGED_FOLDERS.get(engine)
+    return None if folder is None else f"{folder}/{variant}{TENSORS}"

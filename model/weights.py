@@ -8,53 +8,29 @@ what a download may bring.
 
 from __future__ import annotations
 
-import hashlib
-import json
+import logging
 import os
 import pickle
 import shutil
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Callable, Literal
+from typing import Any, BinaryIO, Callable
 
-from pydantic import TypeAdapter
-
-from model.manifest import Commit, Inside, Repository, Sha256, Size, Strict, WeightFile
+from model.manifest import Repository, WeightFile, merged_name
 from model.manifest import WeightsError as WeightsError  # what this module raises, too
 from model.manifest import files_for as files_for
 from model.manifest import manifest as manifest
+from model.record import RECORD as RECORD
+from model.record import Entry as Entry
+from model.record import Measuring, Source, check_structure, compare, entry_of, read_record, size_of, write_record
+from model.record import Record as Record
+from model.record import text_of as text_of
 
-RECORD = "vton-weights.json"
 TWINS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")  # either one will do
 CHUNK_BYTES = 4 * 1024 * 1024
-MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
-HASH_THREADS = 2  # hashlib releases the GIL; more would only fight over one disk
 HUB_TIMEOUT_S = 30.0
-
-
-@dataclass(frozen=True)
-class Entry(Strict):
-    """What the record says of a file."""
-
-    bytes: Size
-    sha256: Sha256
-
-
-@dataclass(frozen=True)
-class _Source(Strict):
-    repo_id: str
-    revision: Commit
-
-
-@dataclass(frozen=True)
-class Record(Strict):
-    """What `vton-weights.json` holds: files by their path below the directory, and where their folders came from."""
-
-    version: Literal[1]
-    files: dict[Inside, Entry]
-    repositories: dict[Inside, _Source]
 
 
 @dataclass(frozen=True)
@@ -92,23 +68,28 @@ def download(weights_dir: Path, engine: str, variant: str) -> None:
 
     A file that the record proves intact is not fetched again; a damaged or unrecorded one is replaced. Where what was
     made of a file is there, it stands for that file; it is deleted when that is fetched anew, for it must be made anew.
+    So it is with the merged file, which stands for all tensors of its variant.
 
     Raises:
         WeightsError: the hub cannot be reached or refuses, it sent something else than the manifest names, or recorded
             weights of one's own are in the way.
     """
-    needed = files_for(engine, variant)
+    needed, merged = files_for(engine, variant), merged_name(engine, variant)
+    if merged is not None and _is_recorded(weights_dir, merged, read_record(weights_dir)):
+        needed = [(repository, file) for repository, file in needed if not file.is_merged]
     for repository in dict.fromkeys(repository for repository, _ in needed):
-        record = _read_record(weights_dir)
+        record = read_record(weights_dir)
         files = [file for owner, file in needed if owner == repository]
         stale = [file for file in files if not _is_intact(weights_dir, repository, file, record)]
         if not stale:
             continue
         commit = _fetch(weights_dir, repository, stale, record)
         entries = {f"{repository.folder}/{file.path}": _accept(weights_dir, repository, file) for file in stale}
-        sources = {**record.repositories, repository.folder: _Source(repository.repo_id, commit)}
+        if merged is not None and any(file.is_merged for file in stale):
+            (weights_dir / merged).unlink(missing_ok=True)
+        sources = {**record.repositories, repository.folder: Source(repository.repo_id, commit)}
         try:
-            _write_record(weights_dir, replace(record, files={**record.files, **entries}, repositories=sources))
+            write_record(weights_dir, replace(record, files={**record.files, **entries}, repositories=sources))
         except OSError as exc:
             raise WeightsError(f"{weights_dir / RECORD} cannot be written: {exc.strerror}") from exc
 
@@ -119,16 +100,82 @@ def verify(weights_dir: Path, engine: str, variant: str) -> Verification:
     Raises:
         WeightsError: a file is missing, damaged or not the recorded one, or the record is unreadable.
     """
-    record = _read_record(weights_dir)
-    names = [name for repository, file in files_for(engine, variant) for name in _find(weights_dir, repository, file)]
-    total = sum(_size(weights_dir / name) for name in names)
-    for name, entry in _measure(weights_dir, [name for name in names if name in record.files]).items():
-        _compare(weights_dir / name, record.files[name], entry, f"restore it, or delete {RECORD} if you changed it")
-    fresh = [name for name in names if name not in record.files]
-    for name in fresh:
-        _check_structure(weights_dir / name)
-    recorded = bool(fresh) and _remember(weights_dir, record, fresh)
-    return Verification(len(names), total, recorded=recorded, verified=not fresh)
+    return _Proof(weights_dir, engine, variant).verification()
+
+
+@contextmanager
+def verified(weights_dir: Path, engine: str, variant: str) -> Iterator[None]:
+    """Proves as `verify` does, on threads, while the block reads the same files; the block's end waits for the proof.
+
+    What the block made of the files is to be used after the block only: then it came of the recorded ones. Where files
+    are damaged, that is what is raised, and not what the block made of the damage.
+
+    Raises:
+        WeightsError: as `verify`.
+    """
+    proof = _Proof(weights_dir, engine, variant)
+    try:
+        try:
+            yield
+        except WeightsError:
+            proof.compare()
+            raise
+        verification = proof.verification()
+    finally:
+        proof.give_up()
+    _log(verification, proof.elapsed_s)
+
+
+class _Proof:
+    """An engine's files, being hashed from the construction on."""
+
+    def __init__(self, weights_dir: Path, engine: str, variant: str) -> None:
+        self._dir = weights_dir
+        self._record = read_record(weights_dir)
+        self._names = names_read(weights_dir, engine, variant)
+        self._bytes = sum(size_of(weights_dir / name) for name in self._names)
+        self._fresh = [name for name in self._names if name not in self._record.files]
+        for name in self._fresh:
+            check_structure(weights_dir / name)
+        known = [name for name in self._names if name in self._record.files]
+        self._measuring = Measuring(weights_dir, self._names if os.access(weights_dir, os.W_OK) else known)
+
+    @property
+    def elapsed_s(self) -> float:
+        """What the hashing took."""
+        return self._measuring.elapsed_s
+
+    def compare(self) -> dict[str, Entry]:
+        """The files that were measured; WeightsError if a recorded one has changed."""
+        entries = self._measuring.entries()
+        for name, entry in entries.items():
+            if name in self._record.files:
+                remedy = f"restore it, or delete {RECORD} if you changed it"
+                compare(self._dir / name, self._record.files[name], entry, remedy)
+        return entries
+
+    def verification(self) -> Verification:
+        """What was found, with the new files in the record; WeightsError as of `verify`."""
+        entries = self.compare()
+        fresh = {name: entries[name] for name in self._fresh if name in entries}
+        recorded = bool(fresh) and _put(self._dir, self._record, fresh)
+        return Verification(len(self._names), self._bytes, recorded=recorded, verified=not self._fresh)
+
+    def give_up(self) -> None:
+        """Ends the hashing if it still goes on."""
+        self._measuring.give_up()
+
+
+def _log(verification: Verification, elapsed_s: float) -> None:
+    log = logging.getLogger("vton.weights")
+    elapsed_ms = round(1000 * elapsed_s, 1)
+    found = {"files": verification.files, "bytes": verification.bytes, "elapsed_ms": elapsed_ms}
+    if verification.verified:
+        log.info("weights_verified", extra=found)
+    elif verification.recorded:
+        log.warning("weights_recorded", extra=found)  # first sight: nothing to compare with
+    else:
+        log.warning("weights_unverified", extra=found)  # no record, and none can be written
 
 
 def record_made(weights_dir: Path, files: Sequence[Path]) -> None:
@@ -137,7 +184,10 @@ def record_made(weights_dir: Path, files: Sequence[Path]) -> None:
     Raises:
         WeightsError: a file or the record is unreadable.
     """
-    _remember(weights_dir, _read_record(weights_dir), [file.relative_to(weights_dir).as_posix() for file in files])
+    names = [file.relative_to(weights_dir).as_posix() for file in files]
+    record = read_record(weights_dir)
+    if os.access(weights_dir, os.W_OK):  # before the hashing, which takes seconds
+        _put(weights_dir, record, Measuring(weights_dir, names).entries())
 
 
 def record_of(weights_dir: Path, parts: Sequence[tuple[str, str]]) -> Record:
@@ -149,18 +199,26 @@ def record_of(weights_dir: Path, parts: Sequence[tuple[str, str]]) -> Record:
     Raises:
         WeightsError: a file is missing, or the record is unreadable.
     """
-    record = _read_record(weights_dir)
-    needed = [(repository, file) for part in parts for repository, file in files_for(*part)]
-    names = sorted({name for repository, file in needed for name in _find(weights_dir, repository, file)})
-    known = {**record.files, **_measure(weights_dir, [name for name in names if name not in record.files])}
-    folders = {repository.folder for repository, _ in needed}
+    record = read_record(weights_dir)
+    names = sorted({name for part in parts for name in names_read(weights_dir, *part)})
+    fresh = Measuring(weights_dir, [name for name in names if name not in record.files])
+    known = {**record.files, **fresh.entries()}
+    folders = {repository.folder for part in parts for repository, _ in files_for(*part)}
     sources = {folder: source for folder, source in record.repositories.items() if folder in folders}
     return Record(1, {name: known[name] for name in names}, dict(sorted(sources.items())))
 
 
-def text_of(record: Record) -> bytes:
-    """The record as `vton-weights.json` has it."""
-    return TypeAdapter(Record).dump_json(record, indent=2) + b"\n"
+def names_read(weights_dir: Path, engine: str, variant: str) -> list[str]:
+    """The files that a part reads, by their path below the directory: the merged one, where it is there, for many.
+
+    Raises:
+        WeightsError: a file is missing, or nothing is published under that name.
+    """
+    needed, merged = files_for(engine, variant), merged_name(engine, variant)
+    if merged is None or not _exists(weights_dir / merged):
+        return [name for repository, file in needed for name in _find(weights_dir, repository, file)]
+    kept = [(repository, file) for repository, file in needed if not file.is_merged]
+    return [*(name for repository, file in kept for name in _find(weights_dir, repository, file)), merged]
 
 
 def listing(weights_dir: Path) -> list[Listed]:
@@ -169,7 +227,7 @@ def listing(weights_dir: Path) -> list[Listed]:
     Raises:
         WeightsError: the record is unreadable.
     """
-    record = _read_record(weights_dir)
+    record = read_record(weights_dir)
     lines = []
     for repository in manifest():
         for file in repository.files:
@@ -180,7 +238,19 @@ def listing(weights_dir: Path) -> list[Listed]:
             entry = record.files.get(name)
             size, known = entry.bytes if entry else file.bytes, file.sha256 is not None
             lines.append(Listed(name, file.parts, size, known, entry is not None, bool(present), repository.licence))
-    return lines
+    return [*lines, *_listed_merged(weights_dir, record)]
+
+
+def _listed_merged(weights_dir: Path, record: Record) -> Iterator[Listed]:
+    """The merged files that are there; they hold tensors of several repositories, so that all their licences apply."""
+    for part in sorted({part for repository in manifest() for file in repository.files for part in file.parts}):
+        engine, variant = part.split("/")
+        name = merged_name(engine, variant)
+        if name is not None and _exists(weights_dir / name):
+            entry = record.files.get(name)
+            licences = " and ".join(dict.fromkeys(owner.licence for owner, _ in files_for(engine, variant)))
+            size = entry.bytes if entry else size_of(weights_dir / name)
+            yield Listed(name, (part,), size, known=False, recorded=entry is not None, present=True, licence=licences)
 
 
 def unpickle(stream: BinaryIO, permitted: Mapping[tuple[str, str], Any], refusal: Callable[[str], Exception]) -> Any:  # noqa: ANN401 - of any type
@@ -211,12 +281,18 @@ def load_checkpoint(path: Path) -> Any:  # noqa: ANN401 - of any type
 def _is_intact(weights_dir: Path, repository: Repository, file: WeightFile, record: Record) -> bool:
     published, made = f"{repository.folder}/{file.path}", _names(repository, file)[0]
     name = made if _exists(weights_dir / made) else published
-    path, recorded = weights_dir / name, record.files.get(name)
-    if recorded is None or not path.is_file() or path.stat().st_size != recorded.bytes or _entry(path) != recorded:
+    if not _is_recorded(weights_dir, name, record):
         return False
-    if name == published:
-        _compare(path, file, recorded, "move it away to have the published one")  # own weights are not overwritten
+    if name == published:  # own weights are not overwritten
+        compare(weights_dir / name, file, record.files[name], "move it away to have the published one")
     return True
+
+
+def _is_recorded(weights_dir: Path, name: str, record: Record) -> bool:
+    path, recorded = weights_dir / name, record.files.get(name)
+    if recorded is None or not path.is_file() or path.stat().st_size != recorded.bytes:
+        return False
+    return entry_of(path) == recorded
 
 
 def _fetch(weights_dir: Path, repository: Repository, files: Sequence[WeightFile], record: Record) -> str:
@@ -251,9 +327,9 @@ def _accept(weights_dir: Path, repository: Repository, file: WeightFile) -> Entr
     if not _exists(path):
         raise WeightsError(f"{path} was not downloaded: {repository.repo_id} has no {file.path}")
     try:
-        _check_structure(path)
-        entry = _entry(path)
-        _compare(path, file, entry, f"{repository.repo_id} sent something else and it was deleted")
+        check_structure(path)
+        entry = entry_of(path)
+        compare(path, file, entry, f"{repository.repo_id} sent something else and it was deleted")
     except WeightsError:
         path.unlink()  # or the next start would record it as own weights
         raise
@@ -262,12 +338,10 @@ def _accept(weights_dir: Path, repository: Repository, file: WeightFile) -> Entr
     return entry
 
 
-def _remember(weights_dir: Path, record: Record, names: Sequence[str]) -> bool:
-    if not os.access(weights_dir, os.W_OK):  # before the hashing, which takes seconds
-        return False
-    files = {**record.files, **_measure(weights_dir, names)}
+def _put(weights_dir: Path, record: Record, entries: Mapping[str, Entry]) -> bool:
+    """Whether the entries are in the directory's record now."""
     try:
-        _write_record(weights_dir, replace(record, files=files))
+        write_record(weights_dir, replace(record, files={**record.files, **entries}))
     except OSError:  # a full or read-only volume is no reason not to serve
         return False
     return True
@@ -296,73 +370,3 @@ def _exists(path: Path) -> bool:
         return path.exists()
     except OSError as exc:
         raise WeightsError(f"{path} cannot be read: {exc.strerror}") from exc
-
-
-def _size(path: Path) -> int:
-    if not path.is_file():
-        raise WeightsError(f"{path} is not a regular file")
-    size = path.stat().st_size
-    if size == 0:
-        raise WeightsError(f"{path} is empty; delete it and run `vton weights download`")
-    return size
-
-
-def _entry(path: Path) -> Entry:
-    size, digest = _size(path), hashlib.sha256()
-    try:
-        with path.open("rb") as stream:
-            for chunk in iter(lambda: stream.read(CHUNK_BYTES), b""):
-                digest.update(chunk)
-    except OSError as exc:
-        raise WeightsError(f"{path} cannot be read: {exc.strerror}") from exc
-    return Entry(size, digest.hexdigest())
-
-
-def _measure(weights_dir: Path, names: Sequence[str]) -> dict[str, Entry]:
-    with ThreadPoolExecutor(HASH_THREADS) as pool:
-        return dict(zip(names, pool.map(lambda name: _entry(weights_dir / name), names)))
-
-
-def _compare(path: Path, expected: WeightFile | Entry, actual: Entry, remedy: str) -> None:
-    if expected.sha256 not in (None, actual.sha256) or expected.bytes not in (None, actual.bytes):
-        wanted = f"{(expected.sha256 or 'unknown')[:12]} ({expected.bytes} bytes)"
-        found = f"{actual.sha256[:12]} ({actual.bytes} bytes)"
-        raise WeightsError(f"{path} has changed or is damaged: sha256 {found} instead of {wanted}; {remedy}")
-
-
-def _check_structure(path: Path) -> None:
-    """A truncated safetensors is found without a hash: its header says where the last tensor ends."""
-    if path.suffix != ".safetensors":
-        return
-    try:
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(min(length, MAX_HEADER_BYTES)))
-        ends = [int(tensor["data_offsets"][1]) for name, tensor in header.items() if name != "__metadata__"]
-    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as exc:
-        raise WeightsError(f"{path} is not a safetensors file; it may be truncated") from exc
-    expected = 8 + length + max(ends, default=0)
-    if path.stat().st_size != expected:
-        raise WeightsError(f"{path} has {path.stat().st_size} bytes where its header announces {expected}")
-
-
-def _read_record(weights_dir: Path) -> Record:
-    try:
-        return TypeAdapter(Record).validate_json((weights_dir / RECORD).read_bytes())
-    except FileNotFoundError:
-        return Record(1, {}, {})
-    except (OSError, ValueError) as exc:
-        raise WeightsError(f"{weights_dir / RECORD} is unreadable; restore it, or delete it to record anew") from exc
-
-
-def _write_record(weights_dir: Path, record: Record) -> None:
-    temporary = weights_dir / f"{RECORD}.{os.getpid()}.tmp"
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(text_of(record))
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(weights_dir / RECORD)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise

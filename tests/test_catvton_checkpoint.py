@@ -10,9 +10,10 @@ from catvton_recipe import GOLDENS, attention_tensors, build_unet, write_publish
 from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
 
+from model import record
 from model.catvton import checkpoint, published
 from model.catvton.attention import without_cross_attention
-from model.catvton.checkpoint import load_attention_checkpoint
+from model.catvton.checkpoint import load_attention_checkpoint, write_merged
 from model.catvton.pipeline import CatVTONPipeline
 from model.weights import WeightsError
 
@@ -226,6 +227,32 @@ def test_files_read_in_many_small_pieces_are_the_same(root: Path, monkeypatch: p
     whole = CatVTONPipeline.from_published(root).unet.state_dict()
     monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 20_000)
     assert_equal(CatVTONPipeline.from_published(root).unet.state_dict(), whole)
+
+
+def test_the_merged_file_is_read_in_many_small_pieces_too(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_merged(root, "mix", root / published.MERGED_FILES["mix"])
+    whole = CatVTONPipeline.from_published(root).unet.state_dict()
+    opened = []
+    real = checkpoint.safe_open
+    monkeypatch.setattr(checkpoint, "safe_open", lambda *args, **kwargs: opened.append(args) or real(*args, **kwargs))
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 20_000)
+    assert_equal(CatVTONPipeline.from_published(root).unet.state_dict(), whole)
+    assert len(opened) > 10
+
+
+def test_what_is_in_memory_beside_the_modules_stays_under_128_mib() -> None:
+    hashing = record.HASH_THREADS * record.HASH_BUFFER_BYTES
+    assert checkpoint.CHUNK_BYTES + hashing <= 128 * 2**20
+
+
+def test_how_long_the_reading_took_is_logged(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    CatVTONPipeline.from_published(root)
+    write_merged(root, "mix", root / published.MERGED_FILES["mix"])
+    CatVTONPipeline.from_published(root)
+    lines = [line for line in caplog.records if line.msg == "weights_read"]
+    assert [line.merged for line in lines] == [False, False, True]
+    assert all(line.elapsed_ms > 0 and line.device == "cpu" for line in lines)
 
 
 def test_what_the_checkpoint_replaces_is_never_read(root: Path) -> None:

@@ -10,9 +10,9 @@ import torch
 from catvton_recipe import build_pipeline, write_published_layout
 from PIL import Image
 
-from model import embedded, weights
-from model.catvton import engine as engine_module
-from model.catvton.engine import CatVTONEngine, load, to_picture
+from model import embedded, load_engine, weights
+from model.catvton.compiling import compile_unet
+from model.catvton.engine import MEMORIES, CatVTONEngine, load, to_picture
 from model.device import choose_device, choose_dtype
 from model.interface import (
     EMBEDDED,
@@ -26,6 +26,7 @@ from model.interface import (
 )
 
 SETTINGS = GenerationSettings(steps=2, guidance=2.5, seed=11, width=48, height=64)
+TILING_TOLERANCE = 0.25  # of the picture's own deviation; the tiny VAE normalises over so few pixels that tiles show
 
 
 def inputs() -> TryOnInputs:
@@ -52,21 +53,55 @@ def generate(*answers: torch.Tensor | Exception) -> np.ndarray:
     return CatVTONEngine(FakePipeline(*answers), "catvton/fake").generate(inputs(), SETTINGS)
 
 
+def test_each_step_is_told() -> None:
+    told: list[tuple[int, int]] = []
+    CatVTONEngine(build_pipeline(), "catvton/mix").generate(
+        inputs(), replace(SETTINGS, on_step=lambda *step: told.append(step))
+    )
+    assert told == [(1, 2), (2, 2)]
+
+
+@pytest.mark.parametrize("quality", ["balanced", "fast"])
+def test_another_quality_is_another_picture_near_the_exact_one(quality: str) -> None:
+    engine = CatVTONEngine(build_pipeline(), "catvton/mix")
+    settings = replace(SETTINGS, steps=20)
+    exact, other = engine.generate(inputs(), settings), engine.generate(inputs(), replace(settings, quality=quality))
+    assert not np.array_equal(exact, other)
+    assert np.abs(exact.astype(int) - other).mean() < 60
+
+
+def test_a_garment_is_encoded_once_for_an_engine(tmp_path: Path) -> None:
+    write_published_layout(tmp_path)
+    engine = load(EngineOptions(weights=tmp_path, device="cpu", dtype="float32"))
+    encoded: list[object] = []
+    engine._pipeline.vae.encoder.register_forward_hook(lambda *_: encoded.append(1))
+    for seed in (1, 2):
+        engine.generate(inputs(), replace(SETTINGS, seed=seed))
+    assert len(encoded) == 2  # the person and the garment
+
+
+def test_an_unknown_compilation_is_refused(tmp_path: Path) -> None:
+    write_published_layout(tmp_path)
+    with pytest.raises(ValueError, match="unknown compilation"):
+        load(EngineOptions(weights=tmp_path, device="cpu", compilation="max"))
+
+
+def test_a_compiled_engine_makes_the_same_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = build_pipeline()
+    expected = CatVTONEngine(pipeline, "catvton/mix").generate(inputs(), SETTINGS)
+    compiled = pipeline.unet.compile
+    monkeypatch.setattr(pipeline.unet, "compile", lambda **_options: compiled(backend="eager", fullgraph=True))
+    compile_unet(pipeline.unet, "inductor")
+    np.testing.assert_array_equal(CatVTONEngine(pipeline, "catvton/mix").generate(inputs(), SETTINGS), expected)
+    balanced = replace(SETTINGS, quality="balanced")
+    np.testing.assert_array_equal(
+        CatVTONEngine(pipeline, "catvton/mix").generate(inputs(), balanced),
+        CatVTONEngine(build_pipeline(), "catvton/mix").generate(inputs(), balanced),
+    )
+
+
 def shaded() -> torch.Tensor:
     return torch.linspace(0, 1, 3 * 64 * 48).reshape(1, 3, 64, 48)
-
-
-@pytest.fixture
-def verified(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    """The calls of `weights.verify`, which finds nothing to complain about."""
-    calls: list[tuple] = []
-
-    def verify(*arguments):
-        calls.append(arguments)
-        return weights.Verification(files=6, bytes=1, recorded=False, verified=True)
-
-    monkeypatch.setattr(weights, "verify", verify)
-    return calls
 
 
 def test_the_picture_is_the_pipelines_for_that_seed() -> None:
@@ -188,22 +223,64 @@ def test_any_other_runtime_error_is_an_engine_error() -> None:
     assert caught.value.__cause__ is cause
 
 
-def test_published_weights_are_verified_before_they_are_loaded(tmp_path: Path, verified: list[tuple]) -> None:
-    root = write_published_layout(tmp_path, variant="vitonhd")
-    engine = load(EngineOptions(weights=root, variant="vitonhd", device="cpu"))
-    assert verified == [(root, "catvton", "vitonhd")]
+def test_published_weights_go_by_their_variant(tmp_path: Path) -> None:
+    engine = load(EngineOptions(weights=write_published_layout(tmp_path, variant="vitonhd"), variant="vitonhd"))
     assert engine.name == "catvton/vitonhd"
     assert engine.generate(inputs(), SETTINGS).shape == (64, 48, 3)
 
 
-def test_weights_that_are_not_verified_are_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_arguments: object) -> None:
-        raise weights.WeightsError("model.safetensors is damaged")
+def test_no_engine_of_weights_that_are_not_intact_is_handed_out(tmp_path: Path) -> None:
+    options = EngineOptions(weights=write_published_layout(tmp_path), device="cpu")
+    assert load_engine("catvton", options).name == "catvton/mix"
+    file = tmp_path / "sd-vae-ft-mse" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\1")
+    assert load(options).name == "catvton/mix"  # they would load
+    with pytest.raises(weights.WeightsError, match="has changed or is damaged"):
+        load_engine("catvton", options)
 
-    monkeypatch.setattr(weights, "verify", refuse)
-    monkeypatch.setattr(engine_module.CatVTONPipeline, "from_published", None)
-    with pytest.raises(weights.WeightsError, match="is damaged"):
-        load(EngineOptions(weights=tmp_path, device="cpu"))
+
+def memories(root: Path, device: str = "cpu", **options: object) -> list[CatVTONEngine]:
+    """The engine with either memory."""
+    return [load(EngineOptions(weights=root, device=device, memory=memory, **options)) for memory in MEMORIES]
+
+
+def test_with_small_memory_the_vae_works_in_tiles_and_one_picture_after_the_other(tmp_path: Path) -> None:
+    normal, small = (engine._pipeline.vae for engine in memories(write_published_layout(tmp_path)))
+    assert (normal.use_tiling, normal.use_slicing) == (False, False)
+    assert (small.use_tiling, small.use_slicing) == (True, True)
+
+
+def test_a_picture_of_one_tile_does_not_depend_on_the_memory(tmp_path: Path) -> None:
+    normal, small = memories(write_published_layout(tmp_path))
+    np.testing.assert_array_equal(small.generate(inputs(), SETTINGS), normal.generate(inputs(), SETTINGS))
+
+
+def test_a_picture_of_several_tiles_differs_by_their_edges_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    normal, small = memories(write_published_layout(tmp_path))
+    tiles = []
+    encode = small._pipeline.vae.encoder.forward
+    monkeypatch.setattr(small._pipeline.vae.encoder, "forward", lambda x: tiles.append(x.shape[-2:]) or encode(x))
+    settings = replace(SETTINGS, width=128, height=192)
+    whole, tiled = (engine.generate(inputs(), settings).astype(int) for engine in (normal, small))
+    assert max(max(shape) for shape in tiles) == 64
+    difference = np.abs(whole - tiled)
+    assert 0 < difference.mean() < TILING_TOLERANCE * whole.std()
+
+
+def test_an_unknown_memory_is_refused_with_the_names(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown memory 'tiny'; one of: normal, small"):
+        load(EngineOptions(weights=tmp_path, memory="tiny"))
+
+
+@pytest.mark.gpu
+def test_on_cuda_small_memory_keeps_on_the_card_only_what_works(tmp_path: Path) -> None:
+    normal, small = memories(write_published_layout(tmp_path), "cuda", dtype="float32")
+    assert {tensor.device.type for tensor in small._pipeline.unet.parameters()} == {"cpu"}
+    pictures = [engine.generate(inputs(), SETTINGS).astype(int) for engine in (normal, small)]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 2
+    assert {tensor.device.type for tensor in small._pipeline.unet.parameters()} == {"cpu"}
 
 
 def test_the_embedded_model_works_at_its_own_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +293,7 @@ def test_the_embedded_model_works_at_its_own_size(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("progress", [True, False])
 def test_the_progress_bar_is_shown_only_on_request(
-    tmp_path: Path, verified: list[tuple], capsys: pytest.CaptureFixture[str], progress: bool
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], progress: bool
 ) -> None:
     root = write_published_layout(tmp_path)
     load(EngineOptions(weights=root, device="cpu", progress=progress)).generate(inputs(), SETTINGS)
@@ -244,7 +321,7 @@ def test_dtypes_go_by_name() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tf32", [True, False])
-def test_on_cuda_the_picture_is_near_that_of_the_cpu(tmp_path: Path, verified: list[tuple], tf32: bool) -> None:
+def test_on_cuda_the_picture_is_near_that_of_the_cpu(tmp_path: Path, tf32: bool) -> None:
     root = write_published_layout(tmp_path)
     drawn = [
         load(EngineOptions(weights=root, device=device, dtype="float32", tf32=tf32)).generate(inputs(), SETTINGS)

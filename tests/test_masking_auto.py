@@ -94,14 +94,14 @@ def test_a_masker_without_its_files_is_refused_by_name(tmp_path):
         load_masker("schp", MaskerOptions(tmp_path, device="cpu"))
 
 
-def test_the_files_are_proved_before_they_are_read(tmp_path, monkeypatch):
+def test_the_files_are_proved_while_they_are_read(tmp_path, monkeypatch):
     asked = []
 
-    def verify(*arguments):
+    def verified(*arguments):
         asked.append(arguments)
         raise WeightsError("changed")
 
-    monkeypatch.setattr(weights, "verify", verify)
+    monkeypatch.setattr(weights, "verified", verified)
     with pytest.raises(WeightsError, match="changed"):
         load_masker("schp", MaskerOptions(tmp_path, device="cpu"))
     assert asked == [(tmp_path, "masker", "schp")]

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from model import weights
+from model import record, weights
 from model.weights import RECORD, WeightsError, files_for, listing, manifest, verify
 
 ROOT = Path(__file__).parents[1]
@@ -406,9 +406,114 @@ def test_a_variant_added_later_is_recorded_beside_the_first(folder):
     assert sorted(record_of(folder)["files"]) == sorted(FILES)
 
 
+# Verify while the files are read
+
+
+@pytest.fixture
+def gate(monkeypatch) -> Iterator[threading.Event]:
+    """The hashing goes on when it is set, and not before."""
+    event = threading.Event()
+    hashed = record.entry_of
+
+    def entry_of(*arguments):
+        assert event.wait(20)
+        return hashed(*arguments)
+
+    monkeypatch.setattr(record, "entry_of", entry_of)
+    yield event
+    event.set()
+
+
+def test_the_files_are_hashed_while_the_block_runs_and_its_end_waits_for_that(folder, gate):
+    with weights.verified(folder, "catvton", "mix"):
+        assert not (folder / RECORD).exists()
+        gate.set()
+    assert verify(folder, "catvton", "mix").verified
+
+
+def test_the_end_of_the_block_is_not_passed_before_the_last_file_was_compared(folder, gate):
+    passed = threading.Event()
+
+    def read() -> None:
+        with weights.verified(folder, "catvton", "mix"):
+            pass
+        passed.set()
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    assert not passed.wait(0.3)
+    gate.set()
+    assert passed.wait(20)
+    thread.join()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_not_the_recorded_one_is_told_when_the_block_ends(folder, name):
+    verify(folder, "catvton", "mix")
+    (folder / name).write_bytes(CONTENT[name][:-1] + b"?")
+    reached = False
+    damaged = pytest.raises(WeightsError, match="has changed or is damaged")
+    with damaged as caught, weights.verified(folder, "catvton", "mix"):
+        reached = True
+    assert reached
+    assert name in str(caught.value)
+
+
+def test_a_damaged_file_is_told_rather_than_what_the_block_made_of_it(folder):
+    verify(folder, "catvton", "mix")
+    (folder / UNET).write_bytes(CONTENT[UNET][:-1] + b"?")
+    with pytest.raises(WeightsError, match="has changed or is damaged"), weights.verified(folder, "catvton", "mix"):
+        raise WeightsError("it does not fit")
+
+
+def test_intact_files_that_do_not_fit_are_told_so_and_not_recorded(folder):
+    with pytest.raises(WeightsError, match="does not fit"), weights.verified(folder, "catvton", "mix"):
+        raise WeightsError("it does not fit")
+    assert not (folder / RECORD).exists()
+
+
+def test_another_failure_of_the_block_waits_for_no_hash_and_ends_the_hashing(folder, gate):
+    with pytest.raises(ValueError, match="no such device"), weights.verified(folder, "catvton", "mix"):
+        raise ValueError("no such device")
+    assert not gate.is_set()
+    gate.set()
+    assert not (folder / RECORD).exists()
+
+
+def test_a_hash_that_nobody_wants_is_not_made_to_the_end(folder, monkeypatch):
+    monkeypatch.setattr(record, "HASH_BUFFER_BYTES", 1)
+    asked = []
+    with pytest.raises(WeightsError, match="was not read to its end"):
+        record.entry_of(folder / UNET, lambda: asked.append(True) or len(asked) < 3)
+    assert len(asked) == 3
+
+
+def test_a_missing_file_is_told_before_the_block_begins(folder):
+    (folder / UNET).unlink()
+    with pytest.raises(WeightsError, match="is missing"), weights.verified(folder, "catvton", "mix"):
+        raise AssertionError("the block ran")
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 100, 128])
+def test_a_hash_does_not_depend_on_the_size_of_the_buffer(folder, monkeypatch, size):
+    monkeypatch.setattr(record, "HASH_BUFFER_BYTES", size)
+    assert record.entry_of(folder / UNET).sha256 == sha256(CONTENT[UNET])
+
+
+def test_what_was_found_is_logged_with_its_time(folder, caplog):
+    caplog.set_level("INFO")
+    for event in ("weights_recorded", "weights_verified"):
+        caplog.clear()
+        with weights.verified(folder, "catvton", "mix"):
+            pass
+        (line,) = caplog.records
+        assert (line.msg, line.files) == (event, 3)
+        assert line.elapsed_ms >= 0
+
+
 def test_a_read_only_directory_without_a_record_is_served_unverified_and_unhashed(folder, monkeypatch):
     monkeypatch.setattr(weights.os, "access", lambda path, mode: False)
-    monkeypatch.setattr(weights, "_entry", None)  # hashing what cannot be recorded would only cost time
+    monkeypatch.setattr("model.record.entry_of", None)  # hashing what cannot be recorded would only cost time
     assert verify(folder, "catvton", "mix") == weights.Verification(
         3, sum(map(len, CONTENT.values())), recorded=False, verified=False
     )

@@ -25,7 +25,7 @@ from container.weights_push import Destination, PushFailed, PushRefused, push
 from container.wiring import s3_client
 from deploy.demo import BUCKET, FAKE_KEYS, local_cloud, serving
 from model import weights
-from model.artifact import MASKER_PART, Artifact
+from model.artifact import MASKER_PART, Artifact, merge
 from model.maskers.published import PUBLISHED, twin_of
 from model.weights import RECORD, WeightsError
 
@@ -306,6 +306,24 @@ def test_a_file_of_the_same_size_that_somebody_else_put_there_is_replaced(s3, so
     assert run("push", URI, "--dir", source)[0] == 0
     stored = s3.get_object(Bucket=BUCKET, Key=PREFIX + ATTENTION)["Body"].read()
     assert stored == (source / ATTENTION).read_bytes()
+
+
+def test_a_merged_pack_is_pushed_without_the_files_that_it_replaces(s3, source, tmp_path):
+    assert run("pack", "--merged", "--dir", source, "-o", tmp_path / "packed")[0] == 0
+    assert run("push", URI, "--dir", tmp_path / "packed")[0] == 0
+    wanted = [name for name in FILES if name.endswith(".json")] + ["CatVTON/mix.safetensors", RECORD]
+    assert keys(s3) == [PREFIX + name for name in sorted(wanted)]
+    assert weights.verify(fetch_as_sagemaker(s3, tmp_path / "opt"), "catvton", "mix").verified
+
+
+def test_the_files_of_the_masker_are_not_merged(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("model.artifact.load_masker", lambda *_: None)  # the real parsers are too large for here
+    masked = artifact_with_masker(source)
+    merged = merge(masked, tmp_path)
+    masker = {twin_of(Path(name)).as_posix() for name in PUBLISHED}
+    assert masker < merged.files.keys()
+    assert {name: merged.files[name] for name in masker} == {name: masked.files[name] for name in masker}
+    assert merged.files.keys() - masker == {"CatVTON/mix.safetensors", *(f for f in FILES if f.endswith(".json"))}
 
 
 def artifact_with_masker(source: Path) -> Artifact:

@@ -2,13 +2,16 @@
 
 Nothing is loaded loosely: every tensor of a module comes from exactly one tensor of a file, of the same shape, or
 `WeightsError` names what does not fit. Only safetensors files are read, and only the tensors that are kept: not the
-cross-attention, nor the self-attention of the base model that CatVTON's own replaces.
+cross-attention, nor the self-attention of the base model that CatVTON's own replaces. A merged file holds just those
+that are kept, under the modules' own names.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,16 +20,20 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from model.catvton import published
 from model.catvton.attention import TryOnUNet
 from model.weights import WeightsError
 
-CHUNK_BYTES = 128 * 2**20  # read from one mapping of a file; its pages are given back before the next
+CHUNK_BYTES = 96 * 2**20  # read from one mapping of a file; its pages are given back before the next
 FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # by safetensors' name
 NAMED_AT_MOST = 5  # tensors that one error lists
+UNET, VAE = "unet", "vae"  # what a tensor's name begins with in a merged file
 
 Shapes = dict[str, tuple[int, ...]]
+
+log = logging.getLogger("vton.weights")
 
 _SELF_ATTENTION = re.compile(r"\.attn1\.")
 _CROSS_ATTENTION = re.compile(r"\.attn2\.")
@@ -62,12 +69,14 @@ def load_components(
     """The VAE, the UNet with the variant's self-attention, and the scheduler, from files in the published layout.
 
     Args:
-        weights_dir: holds the three published repositories, each in the folder of its name.
+        weights_dir: holds the three published repositories, each in the folder of its name; the merged file of the
+            variant stands for their tensors where it is there.
         variant: one of `published.ATTENTION_FOLDERS`.
         dtype: of the weights in memory.
         device: where they go.
     Returns:
-        Modules in evaluation mode. At most 128 MiB of a file is in memory beside them at any time.
+        Modules in evaluation mode. At most 128 MiB of files are in memory beside them at any time, the buffers of the
+        hashing included.
     Raises:
         ValueError: an unknown variant.
         WeightsError: a file is missing, is no safetensors file, or does not fit.
@@ -75,8 +84,17 @@ def load_components(
     if variant not in published.ATTENTION_FOLDERS:
         raise ValueError(f"unknown variant {variant!r}; one of: {', '.join(published.ATTENTION_FOLDERS)}")
     scheduler = _load_scheduler(weights_dir / published.SCHEDULER_FILE)
-    unet = _load_unet(weights_dir, variant, dtype=dtype, device=device)
-    vae = _load_vae(weights_dir / published.VAE_FOLDER, dtype=dtype, device=device)
+    unet: TryOnUNet = _build(TryOnUNet, weights_dir / published.UNET_FOLDER / published.CONFIG_FILE)
+    vae: AutoencoderKL = _build(AutoencoderKL, weights_dir / published.VAE_FOLDER / published.CONFIG_FILE)
+    began = time.monotonic()
+    merged = weights_dir / published.MERGED_FILES[variant]
+    if merged.exists():
+        _fill_from_merged({UNET: unet, VAE: vae}, merged, dtype=dtype, device=device)
+    else:
+        _fill_unet(unet, weights_dir, variant, dtype=dtype, device=device)
+        _fill_vae(vae, _weight_file(weights_dir / published.VAE_FOLDER), dtype=dtype, device=device)
+    elapsed_ms = round(1000 * (time.monotonic() - began), 1)
+    log.info("weights_read", extra={"merged": merged.exists(), "device": str(device), "elapsed_ms": elapsed_ms})
     if unet.config.in_channels != 2 * vae.config.latent_channels + 1:
         config = weights_dir / published.UNET_FOLDER / published.CONFIG_FILE
         raise WeightsError(f"{config} has {unet.config.in_channels} input channels: it is no inpainting UNet")
@@ -118,10 +136,43 @@ def read_tensors(
     return tensors
 
 
-def _load_unet(weights_dir: Path, variant: str, *, dtype: torch.dtype, device: torch.device) -> TryOnUNet:
-    folder = weights_dir / published.UNET_FOLDER
-    unet: TryOnUNet = _build(TryOnUNet, folder / published.CONFIG_FILE)
-    base_file = _weight_file(folder)
+def write_merged(weights_dir: Path, variant: str, path: Path) -> None:
+    """Write what `load_components` keeps into one safetensors file in float16, which it reads in place of the others.
+
+    Args:
+        weights_dir: in the published layout.
+        variant: one of `published.ATTENTION_FOLDERS`.
+        path: is replaced; its folder is there.
+    Raises:
+        ValueError: an unknown variant.
+        WeightsError: a file is missing or does not fit, or holds a number that float16 does not.
+        OSError: it cannot be written.
+    """
+    vae, unet, _ = load_components(weights_dir, variant, dtype=torch.float16, device=torch.device("cpu"))
+    modules = {UNET: unet, VAE: vae}
+    tensors = {
+        f"{name}.{key}": tensor for name, module in modules.items() for key, tensor in module.state_dict().items()
+    }
+    _refuse(weights_dir, [f"{key} is beyond float16" for key, tensor in tensors.items() if not tensor.isfinite().all()])
+    try:
+        save_file(tensors, path)
+    except SafetensorError as exc:
+        raise OSError(None, str(exc)) from exc
+
+
+def _fill_from_merged(
+    modules: Mapping[str, torch.nn.Module], path: Path, *, dtype: torch.dtype, device: torch.device
+) -> None:
+    stored = stored_shapes(path)
+    _refuse(path, [f"{key} is unexpected" for key in stored if key.partition(".")[0] not in modules])
+    for name, module in modules.items():
+        target_of = {key: key.partition(".")[2] for key in stored if key.partition(".")[0] == name}
+        sources = _same_names(module, target_of, stored, path)
+        module.load_state_dict(read_tensors(path, sources, dtype=dtype, device=device), assign=True)
+
+
+def _fill_unet(unet: TryOnUNet, weights_dir: Path, variant: str, *, dtype: torch.dtype, device: torch.device) -> None:
+    base_file = _weight_file(weights_dir / published.UNET_FOLDER)
     stored = {key: shape for key, shape in stored_shapes(base_file).items() if not _CROSS_ATTENTION.search(key)}
     base = _same_names(unet, {key: key for key in stored}, stored, base_file)
     kept = {target: key for target, key in base.items() if not _SELF_ATTENTION.search(target)}
@@ -130,17 +181,13 @@ def _load_unet(weights_dir: Path, variant: str, *, dtype: torch.dtype, device: t
     tensors = read_tensors(base_file, kept, dtype=dtype, device=device)
     tensors.update(read_tensors(attention_file, attention, dtype=dtype, device=device))
     unet.load_state_dict(tensors, assign=True)
-    return unet
 
 
-def _load_vae(folder: Path, *, dtype: torch.dtype, device: torch.device) -> AutoencoderKL:
-    vae = _build(AutoencoderKL, folder / published.CONFIG_FILE)
-    file = _weight_file(folder)
+def _fill_vae(vae: AutoencoderKL, file: Path, *, dtype: torch.dtype, device: torch.device) -> None:
     stored = stored_shapes(file)
     new_names = {key: _OLD_VAE_ATTENTION.sub(lambda old: _NEW_VAE_ATTENTION[old.group()], key) for key in stored}
     sources = _same_names(vae, new_names, stored, file)
     vae.load_state_dict(read_tensors(file, sources, dtype=dtype, device=device), assign=True)
-    return vae
 
 
 def _load_scheduler(path: Path) -> DDIMScheduler:

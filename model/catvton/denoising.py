@@ -64,12 +64,14 @@ class Denoising:
         self._guided_steps = knobs.guided_steps(len(timesteps)) if condition.shape[0] > batch else 0
         self._middle = condition.shape[-2] // 2
         self._branches: dict[str, Branch] = {}
+        self._is_compiled = getattr(unet, "_compiled_call_impl", None) is not None
         if (knobs.garment_interval > 1 or knobs.person_only_unconditional) and not self._has_halves(condition):
             raise ValueError(HALVES)
 
     def predict(self, latents: torch.Tensor, index: int) -> torch.Tensor:
         """The guided prediction for (B, C, rows, columns) latents at a step; float32."""
-        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        if self._is_compiled:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         latents = latents.to(self._unet.dtype)
         with_garment = self._condition[-self._batch :]
         if index >= self._guided_steps:
@@ -110,9 +112,8 @@ class Denoising:
             deep, since = branch.deep, branch.since
             deep.reuse = since is not None and index - since < self._knobs.deep_interval
             branch.since = since if deep.reuse else index
-        is_compiled = getattr(self._unet, "_compiled_call_impl", None) is not None
         # What a replayed graph returns is overwritten by the next step's: what is kept longer is made outside of it.
-        forward = self._unet.forward if is_compiled and isinstance(canvas, RecordedCanvas) else self._unet
+        forward = self._unet.forward if self._is_compiled and isinstance(canvas, RecordedCanvas) else self._unet
         predicted: torch.Tensor = forward(
             torch.cat([latents, condition], dim=1),
             self._timesteps[index],
@@ -122,7 +123,7 @@ class Denoising:
             deep=deep,
             return_dict=False,
         )[0]
-        if is_compiled and deep is not None and deep.kept is not None and not deep.reuse:
+        if self._is_compiled and deep is not None and deep.kept is not None and not deep.reuse:
             deep.kept = deep.kept.clone()
         return predicted
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +11,10 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image as PillowImage
 
-from model import embedded, weights
+from model import embedded
+from model.catvton.compiling import compile_unet
+from model.catvton.knobs import QUALITIES
+from model.catvton.latent_cache import LatentCache
 from model.catvton.pipeline import CatVTONPipeline
 from model.device import choose_device, choose_dtype, failures_told_apart
 from model.interface import (
@@ -27,41 +28,60 @@ from model.interface import (
     TryOnInputs,
 )
 
+MEMORIES = ("normal", "small")
+
 
 def load(options: EngineOptions) -> Engine:
-    """The engine that the options describe, on its device.
+    """The engine that the options describe, on its device; `model.load_engine` proves its files beside that.
 
     Raises:
-        ValueError: an unknown device, dtype or variant, or CUDA where there is none.
-        WeightsError: a weight file is missing, damaged or does not fit.
+        ValueError: an unknown device, dtype, memory or variant, or CUDA where there is none.
+        WeightsError: a weight file is missing or does not fit.
     """
     diffusers_logging.disable_default_handler()  # its lines go where the process's lines go
     diffusers_logging.enable_propagation()
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
+    small = _is_small(options.memory)
+    home = torch.device("cpu") if small else device  # where the weights lie between two pictures
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = options.tf32
     if options.weights == EMBEDDED:
         name, work_size_wh = "catvton/embedded", embedded.WORK_SIZE_WH
-        pipeline = embedded.load_pipeline(dtype=str(dtype).rpartition(".")[2], device=str(device))
+        pipeline = embedded.load_pipeline(dtype=str(dtype).rpartition(".")[2], device=str(home))
     else:
         name, work_size_wh = f"catvton/{options.variant}", None
-        _log_verification(weights.verify(Path(options.weights), "catvton", options.variant))
-        pipeline = CatVTONPipeline.from_published(options.weights, options.variant, dtype, device)
+        pipeline = CatVTONPipeline.from_published(options.weights, options.variant, dtype, home)
+    if small:
+        spare_memory(pipeline, device)
+    if device.type == "cuda":  # tensor cores read pictures pixel by pixel
+        pipeline.unet.to(memory_format=torch.channels_last)
+        pipeline.vae.to(memory_format=torch.channels_last)
+    compile_unet(pipeline.unet, options.compilation)
+    pipeline.latent_cache = LatentCache()
     pipeline.set_progress_bar_config(disable=not options.progress)
     return CatVTONEngine(pipeline, name, work_size_wh=work_size_wh)
 
 
-def _log_verification(verification: weights.Verification) -> None:
-    log = logging.getLogger("vton.weights")
-    found = {"files": verification.files, "bytes": verification.bytes}
-    if verification.verified:
-        log.info("weights_verified", extra=found)
-    elif verification.recorded:
-        log.warning("weights_recorded", extra=found)  # first sight: nothing to compare with
-    else:
-        log.warning("weights_unverified", extra=found)  # no record, and none can be written
+def spare_memory(pipeline: CatVTONPipeline, device: torch.device) -> None:
+    """Let a pipeline that lies on the CPU draw on the device with little of its memory, by diffusers' own switches.
+
+    Args:
+        pipeline: from now on works in tiles of the VAE's sample size, one picture of a batch after the other; on CUDA
+            its networks lie in the main memory and come to the card to work, which takes accelerate.
+        device: where it draws.
+    """
+    pipeline.enable_vae_tiling()
+    pipeline.vae.enable_slicing()
+    if device.type == "cuda":
+        pipeline.enable_model_cpu_offload(device=device)
+
+
+def _is_small(memory: str) -> bool:
+    if memory not in MEMORIES:
+        raise ValueError(f"unknown memory {memory!r}; one of: {', '.join(MEMORIES)}")
+    return memory == "small"
 
 
 class CatVTONEngine:
@@ -114,16 +134,21 @@ class CatVTONEngine:
         size_wh = (settings[0].width, settings[0].height)
         work_size_wh = self._work_size_wh or size_wh
         try:
-            pixels = self._draw(inputs, settings, work_size_wh)
+            pictures = self._draw(inputs, settings, work_size_wh)
         except OutOfMemory:  # the cache is empty now, which may be what was missing
             if len(inputs) > 1:
                 raise
-            pixels = self._draw(inputs, settings, work_size_wh)
-        return [_enlarged(to_picture(each), size_wh) for each in pixels]
+            pictures = self._draw(inputs, settings, work_size_wh)
+        return [_enlarged(each, size_wh) for each in pictures]
 
     def _draw(
         self, inputs: Sequence[TryOnInputs], settings: Sequence[GenerationSettings], size_wh: tuple[int, int]
-    ) -> torch.Tensor:  # (B, 3, H, W) float32 on the CPU
+    ) -> list[Image]:
+        def told(_pipeline: object, index: int, _timestep: object, latents: dict[str, Any]) -> dict[str, Any]:
+            for each in settings:
+                each.on_step(index + 1, each.steps)
+            return latents
+
         with failures_told_apart():
             output: Any = self._pipeline(
                 [each.person for each in inputs],
@@ -135,9 +160,10 @@ class CatVTONEngine:
                 guidance_scale=settings[0].guidance,
                 generator=[torch.Generator("cpu").manual_seed(each.seed) for each in settings],
                 output_type="pt",
+                callback_on_step_end=told,
+                knobs=QUALITIES[settings[0].quality],
             )
-            pixels: torch.Tensor = output.images.cpu()
-        return pixels
+            return [to_picture(pixels) for pixels in output.images]
 
 
 def _enlarged(picture: Image, size_wh: tuple[int, int]) -> Image:
@@ -147,10 +173,13 @@ def _enlarged(picture: Image, size_wh: tuple[int, int]) -> Image:
 
 
 def to_picture(pixels: torch.Tensor) -> Image:
-    """The (3, H, W) float picture in [0, 1] as HWC uint8; BadPicture if a pixel is not finite or all are equal."""
+    """The (3, H, W) float picture in [0, 1] as HWC uint8; BadPicture if a pixel is not finite or all are equal.
+
+    It is rounded where it is, so that a quarter of the bytes leaves the device.
+    """
     if not bool(torch.isfinite(pixels).all()):
         raise BadPicture("the picture holds values that are not finite")
-    picture = pixels.mul(255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+    picture = pixels.mul(255).round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
     if picture.min() == picture.max():
         raise BadPicture(f"every value of the picture is {picture.min()}")
     return picture

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from model.manifest import MERGED_FOLDERS, TENSORS
+
 UNET_FOLDER = "stable-diffusion-inpainting/unet"
 SCHEDULER_FILE = "stable-diffusion-inpainting/scheduler/scheduler_config.json"
 VAE_FOLDER = "sd-vae-ft-mse"
@@ -18,6 +20,8 @@ ATTENTION_FOLDERS = {  # variant -> what it was trained on and at which height, 
     "vitonhd": "CatVTON/vitonhd-16k-512/attention",
     "dresscode": "CatVTON/dresscode-16k-512/attention",
 }
+
+MERGED_FILES = {variant: f"{MERGED_FOLDERS['catvton']}/{variant}{TENSORS}" for variant in ATTENTION_FOLDERS}
 
 UNET_CONFIG: dict[str, Any] = {  # Stable Diffusion 1.5 inpainting: 4 noisy + 1 mask + 4 picture channels
     "sample_size": 64,

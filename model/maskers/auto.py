@@ -91,6 +91,8 @@ def load(options: MaskerOptions) -> AutoMasker:
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device) if device.type == "cuda" else torch.float32
     folder = Path(options.weights)
-    weights.verify(folder, "masker", "schp")
-    lip, atr = (SCHP.from_state_dict(load_state(twin_of(folder / name)), device, dtype=dtype) for name in (LIP, ATR))
-    return AutoMasker(DensePose.from_state_dict(load_state(twin_of(folder / DENSEPOSE)), device, dtype), lip, atr)
+    with weights.verified(folder, "masker", "schp"):
+        states = (load_state(twin_of(folder / name)) for name in (LIP, ATR))
+        lip, atr = (SCHP.from_state_dict(state, device, dtype=dtype) for state in states)
+        densepose = DensePose.from_state_dict(load_state(twin_of(folder / DENSEPOSE)), device, dtype)
+    return AutoMasker(densepose, lip, atr)

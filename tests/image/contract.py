@@ -38,6 +38,12 @@ def baked() -> Image:
     return Image.named("localhost/baked")
 
 
+@pytest.fixture(scope="session")
+def worker() -> Image:
+    """RunPod's, with WEIGHTS."""
+    return Image.named("localhost/runpod")
+
+
 @dataclass(frozen=True)
 class World:
     """S3, SQS and a web server with pictures, and what a container must be told of them."""
@@ -162,6 +168,19 @@ def test_the_baked_image_serves_its_own_weights(baked, world, tmp_path):
         container.stop()
         assert container.wait(STOP_LIMIT_S) == 0
     assert "weights_verified" in container.log.read_text()
+
+
+def test_the_worker_image_does_a_job_with_its_own_weights(worker, world, tmp_path):
+    pictures = {"person_image": "person", "cloth_image": "upper", "mask_image": "mask"}
+    asked = {field: f"http://{world.images}/{name}.png" for field, name in pictures.items()}
+    asked.update(output="s3", userId="7", timestamp="image-runpod", num_inference_steps=1)
+    job = ["runpod", "--test_input", json.dumps({"input": asked})]
+    status, said = ended(worker, job, world.environ, tmp_path, user=OTHER_USER)
+    assert status == 0, said
+    assert stored(world, "users/7/vton_result/image-runpod/result.jpg").startswith(b"\xff\xd8")
+    status, said = ended(worker, ["runpod", "--test_input", '{"input": {}}'], world.environ, tmp_path)
+    assert (status, "invalid_request" in said, "Traceback" in said) == (1, True, False), said
+    assert worker.config["Cmd"] == ["runpod"]
 
 
 def test_sigterm_ends_it_while_it_starts(sagemaker, world, tmp_path):

@@ -76,7 +76,8 @@ build() { # target, further build arguments
 build sagemaker
 .venv/bin/python -W "ignore:User provided device_type" tests/image/weights.py "$work/weights"
 build baked --build-arg TRAINING=no --build-context "weights=$work/weights"
+build runpod --build-arg TRAINING=no --build-context "weights=$work/weights"
 
 step "running the contract"
 IMAGE_TEST_WEIGHTS="$work/weights" .venv/bin/python -m pytest -q -p no:cacheprovider tests/image/contract.py
-.venv/bin/python tests/image/sizes.py localhost/sagemaker localhost/baked
+.venv/bin/python tests/image/sizes.py localhost/sagemaker localhost/baked localhost/runpod

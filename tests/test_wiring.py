@@ -1,0 +1,132 @@
+"""How the composition root loads and warms the models: with no more than the settings need."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+from catvton_recipe import write_published_layout
+from stand_in import StandInEngine
+
+from container import wiring
+from container.settings import Settings
+from container.storage import LocalStorage
+from container.worker import FIRST_ESTIMATE_S, Models, Worker
+from model import device_of, without
+from model.interface import PersonNotFound
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PROGRAM = """
+import json, sys
+from pathlib import Path
+from container.settings import Settings
+from container.storage import LocalStorage
+from container.wiring import _loader, _warm_up
+settings = Settings.from_env({"VTON_OUTPUT_DIR": ".", **json.loads(sys.argv[1])})
+models = _loader(settings, LocalStorage(Path()), False)()
+_warm_up(settings, models)
+print(json.dumps({"engine": models.engine.name, "modules": sorted(name for name, m in sys.modules.items() if m)}))
+"""
+
+
+class RememberingEngine(StandInEngine):
+    def __init__(self):
+        super().__init__()
+        self.given = []
+
+    def generate(self, inputs, settings):
+        self.given.append(inputs)
+        return super().generate(inputs, settings)
+
+
+class NobodyMasker:
+    def __init__(self):
+        self.seen = []
+
+    def mask(self, person, cloth_type):
+        self.seen.append(person.shape)
+        raise PersonNotFound("nobody")
+
+
+def loaded(environ, tmp_path) -> dict:
+    """What a fresh process has imported when it has loaded and warmed the models of these settings."""
+    command = [sys.executable, "-W", "ignore", "-c", PROGRAM, json.dumps(environ)]
+    given = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PATH": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=given, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_process_that_serves_imports_nothing_that_it_does_not_need(tmp_path):
+    weights = write_published_layout(tmp_path / "weights")
+    told = loaded({"VTON_WEIGHTS": str(weights), "VTON_MASKER": "off"}, tmp_path)
+    assert told["engine"] == "catvton/mix"
+    modules = {name.partition(".")[0] for name in told["modules"]} | set(told["modules"])
+    assert "diffusers" in modules
+    assert not modules & {"transformers", "accelerate", "moto", "aws_cdk", "constructs", "flask"}
+    assert not [name for name in told["modules"] if name.startswith("model.maskers")]
+
+
+def test_with_small_memory_the_process_has_what_offloads(tmp_path):
+    told = loaded({"VTON_MEMORY": "small"}, tmp_path)
+    assert told["engine"] == "catvton/embedded"
+    assert "accelerate" in told["modules"]
+    assert "transformers" not in told["modules"]
+
+
+def test_packages_that_are_left_out_cannot_be_imported_until_the_block_ends():
+    with without(["json", "antigravity"]):
+        assert import_module("json") is json  # it was imported before
+        with pytest.raises(ImportError, match="antigravity"):
+            import_module("antigravity")
+    assert "antigravity" not in sys.modules
+    assert sys.modules["json"] is json
+
+
+@pytest.mark.parametrize(("device", "made"), [("cpu", (64, 64, 1)), ("cuda", (512, 768, 2))])
+def test_a_cpu_is_warmed_up_by_a_small_picture_and_a_card_by_a_full_one(monkeypatch, device, made):
+    monkeypatch.setattr(wiring, "device_of", lambda name: {"auto": device}[name])
+    engine, masker = RememberingEngine(), NobodyMasker()
+    wiring._warm_up(Settings.from_env({"VTON_WIDTH": "512", "VTON_HEIGHT": "768"}), Models(engine, masker))
+    (settings,), (inputs,) = engine.made, engine.given
+    assert (settings.width, settings.height, settings.steps) == made
+    assert settings.guidance > 1  # both branches
+    assert inputs.person.shape == inputs.garment.shape == (*inputs.mask.shape, 3) == (made[1], made[0], 3)
+    assert set(np.unique(inputs.mask)) == {0, 255}
+    assert masker.seen == [inputs.person.shape]
+
+
+def test_the_device_is_the_one_that_the_engine_takes():
+    assert device_of("cpu") == "cpu"
+    with pytest.raises(ValueError, match="unknown device 'tpu'"):
+        device_of("tpu")
+
+
+def test_the_settings_reach_the_engine(monkeypatch, tmp_path):
+    given = []
+
+    def load_engine(name, options):
+        given.append((name, options))
+        return StandInEngine()
+
+    monkeypatch.setattr(wiring, "load_engine", load_engine)
+    environ = {"VTON_WEIGHTS": str(tmp_path), "VTON_MEMORY": "small", "VTON_DTYPE": "float32", "VTON_MASKER": "off"}
+    wiring._loader(Settings.from_env(environ), LocalStorage(tmp_path), False)()
+    ((name, options),) = given
+    assert name == "catvton"
+    assert (options.weights, options.memory, options.dtype) == (str(tmp_path), "small", "float32")
+
+
+def test_a_small_warm_up_does_not_promise_that_pictures_are_quick():
+    worker = Worker(lambda: Models(StandInEngine()), lambda _models: None, capacity=8)
+    worker.start()
+    try:
+        assert worker.wait_until_loaded(20)
+        assert worker.retry_after_s(2) == FIRST_ESTIMATE_S
+    finally:
+        worker.stop(5)
