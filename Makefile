@@ -3,7 +3,7 @@ SHELL := /bin/sh
 PYTHON := .venv/bin/python
 NEWEST := .venv-newest/bin/python
 
-.PHONY: install demo test test-newest fault load check bench gpu image image-test synth lock clean
+.PHONY: install demo test test-newest test-page fault load check bench gpu image image-test synth lock clean
 
 install: .venv/installed
 
@@ -23,10 +23,16 @@ demo: install
 	.venv/bin/vton demo
 
 test: install
-	$(PYTHON) -m pytest -m "not gpu"
+	$(PYTHON) -m pytest -m "not gpu and not browser"
 
 test-newest: .venv-newest/installed
-	$(NEWEST) -m pytest -m "not gpu"
+	$(NEWEST) -m pytest -m "not gpu and not browser"
+
+# Whoever is not root installs a Chromium before, or names one in VTON_TEST_BROWSER.
+test-page: install
+	test -n "$$VTON_TEST_BROWSER" || command -v chromium >/dev/null || test "$$(id -u)" != 0 || \
+		{ apt-get update -qq && apt-get install -y --no-install-recommends chromium; }
+	$(PYTHON) -m pytest -m browser
 
 fault: install
 	$(PYTHON) -m tests.faults
@@ -45,7 +51,7 @@ bench: install
 
 gpu: install
 	$(PYTHON) -m pytest -m gpu
-	$(PYTHON) -m bench.pipeline --config sd15 --device cuda --json bench/results/gpu.json
+	$(PYTHON) -m bench.pipeline --compare --compile --config sd15 --device cuda --record
 
 image:
 	docker build --target sagemaker --tag vton-endpoint .

@@ -22,6 +22,7 @@ from container.errors import ImageNotDecodable, ImageNotFound, ImageTooLarge, Tr
 from container.fetch import MAX_BYTES, Fetcher
 from container.get_vton import Pictures, prepare
 from container.images import FILE_OF, decode_mask
+from container.page_cli import serve_page
 from container.request import (
     CallContext,
     MaskResult,
@@ -109,6 +110,7 @@ def main() -> None:
 @click.option("--seed", type=int, default=42, show_default=True, help="-1 draws one.")
 @click.option("--composite", default="repaint", show_default=True, help="repaint or none.")
 @click.option("--output-size", default="model", show_default=True, help="model (768x1024) or person.")
+@click.option("--quality", help="exact, balanced or fast: what is traded for speed.")
 @click.option("--format", "output_format", default="jpeg", show_default=True, help="jpeg, png or webp.")
 @click.option("--user-id", default="local", show_default=True, help="userId of the request.")
 @click.option("--timestamp", help="timestamp of the request; by default now.")
@@ -158,8 +160,14 @@ def mask(photo: str, output: Path | None, force: bool) -> None:
 
 @main.command()
 @click.option("--output", "-o", type=click.Path(path_type=Path), default=OUTPUT_DIR / "demo", show_default=True)
-def demo(output: Path) -> None:
+@click.option("--web", is_flag=True, help="Serve a page to try it in a browser instead.")
+@click.option("--host", help="With --web: address to listen on; by default this machine only.")
+@click.option("--port", type=click.IntRange(1, 65535), help="With --web: by default VTON_PORT, else 8000.")
+@click.option("--no-browser", is_flag=True, help="With --web: open no browser.")
+def demo(output: Path, web: bool, host: str | None, port: int | None, no_browser: bool) -> None:
     """Run the whole service on this machine and call it as a backend would, through boto3."""
+    if web:
+        serve_page(host, port, browser=not no_browser)
     try:
         from deploy.demo import run_demo
     except ModuleNotFoundError as exc:
@@ -195,7 +203,7 @@ def _request(timestamp: str, **options: object) -> TryOnRequest:
         "userId": options["user_id"],
         "timestamp": timestamp,
     }
-    same_name = ("cloth_type", "seed", "composite", "output_size", "output_format")
+    same_name = ("cloth_type", "seed", "composite", "output_size", "output_format", "quality")
     return parse_try_on({**fields, **{name: options[name] for name in same_name}})
 
 

@@ -15,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from container.gate import Gate
+from container.page_api import add_page
 from container.rest_api import add_rest
 from container.settings import Settings, SettingsError
 from container.telemetry import configure_logging
@@ -80,11 +81,15 @@ class DrainingServer(uvicorn.Server):
         return 1 if self.failed else 0
 
 
-def main(environ: Mapping[str, str] | None = None) -> int:
+def main(environ: Mapping[str, str] | None = None, *, page: bool = False) -> int:
     """A SageMaker endpoint with the settings of the environment; the exit status, 2 where a setting refuses the start.
 
     The process ends at once after serving: it waits for no thread whose picture can no longer be delivered, and not for
     torch, which takes a second to unload.
+
+    Args:
+        environ: the environment, by default that of this process.
+        page: serve the page too, which calls the REST door.
     """
     try:
         settings = Settings.from_env(os.environ if environ is None else environ).require_a_place_for_results()
@@ -96,17 +101,19 @@ def main(environ: Mapping[str, str] | None = None) -> int:
     log.info("starting", **settings.model_dump(mode="json"))
     if settings.trusted_hosts:
         log.warning("trusted_hosts", hosts=settings.trusted_hosts, why="private addresses, plain http: local work only")
-    status = serve(doors(app), app)
+    status = serve(doors(app, page=page), app)
     logging.shutdown()
     os._exit(status)
 
 
-def doors(app: App) -> FastAPI:
-    """The doors that the settings open."""
+def doors(app: App, *, page: bool = False) -> FastAPI:
+    """The doors that the settings open, and the page where it is wanted."""
     gate = Gate(app.settings)
     api = create_app(app, gate)
     if app.settings.rest:
         add_rest(api, app, gate)
+    if page:
+        add_page(api, app, gate)
     return api
 
 
