@@ -144,6 +144,7 @@ def _settings(app: App) -> dict[str, object]:
         "status": "healthy" if error is None else "loading" if isinstance(error, NotReady) else "unhealthy",
         "steps": app.settings.steps,
         "guidance": app.settings.guidance,
+        "quality": app.settings.quality,
         "width": app.settings.width,
         "height": app.settings.height,
         "embedded": app.settings.weights == EMBEDDED,

@@ -188,6 +188,7 @@ def test_the_settings_say_what_the_fields_begin_with(tmp_path):
     with opened(tmp_path, steps=8, guidance=1, api_keys=("k" * 16,)) as page:
         told = page.get("/page/settings").json()
         assert (told["status"], told["steps"], told["guidance"], told["needs_key"]) == ("healthy", 8, 1, True)
+        assert told["quality"] == "exact"
         assert "kkkk" not in json.dumps(told)
 
 

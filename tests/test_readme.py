@@ -79,6 +79,7 @@ def test_every_other_command_is_run_below():
         ["vton", "local", "transform"],
         ["vton", "weights", "pack"],
         ["vton", "weights", "pack"],
+        ["vton", "weights", "pack"],
         ["vton", "weights", "push"],
         ["vton", "train", "--help"],
     ]

@@ -350,6 +350,7 @@ function use(settings) {
   state.known = true;
   find("num_inference_steps").value = settings.steps;
   find("guidance_scale").value = settings.guidance;
+  find("quality").value = settings.quality;
   find("model-size").textContent = `${settings.width} × ${settings.height}`;
   find("about-model").hidden = !settings.embedded;
   find("key-field").hidden = !settings.needs_key;

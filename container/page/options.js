@@ -1,6 +1,6 @@
 // The options of a request, by the names of their fields.
 
-export const OPTIONS = ["num_inference_steps", "guidance_scale", "seed", "output_size", "output_format"];
+export const OPTIONS = ["num_inference_steps", "guidance_scale", "seed", "output_size", "output_format", "quality"];
 const MAX_SEED = 2n ** 63n - 1n;
 
 const find = (id) => document.getElementById(id);

@@ -29,7 +29,7 @@ export function curlText(request, origin) {
 
 /** Python that asks a deployed endpoint for the same picture; the endpoint fetches the files from its bucket. */
 export function boto3Text(request) {
-  const { cloth_type, num_inference_steps, guidance_scale, seed, output_size, output_format } = request.fields;
+  const { cloth_type, num_inference_steps, guidance_scale, seed, output_size, output_format, quality } = request.fields;
   const files = request.files.map((file) => `    ${python(urlField(file.field, request))}: ${python(file.name)},`);
   const mask = request.files.some((file) => file.field === "mask_image");
   return `import json
@@ -53,6 +53,7 @@ request = {
     "seed": ${seed},
     "output_size": ${python(output_size)},
     "output_format": ${python(output_format)},
+    "quality": ${python(quality)},
 }
 s3 = boto3.client("s3")
 for field, path in FILES.items():
