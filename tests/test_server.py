@@ -69,8 +69,11 @@ def test_ping_is_503_until_a_picture_was_made_and_sigterm_ends_an_idle_process_w
         assert process.wait(10) == 0
     finally:
         process.kill()
-    events = [json.loads(line)["event"] for line in (tmp_path / "serve.log").read_text().splitlines()]
-    assert events.index("starting") < events.index("models_loaded") < events.index("ready") < events.index("draining")
+    lines = {line["event"]: line for line in map(json.loads, (tmp_path / "serve.log").read_text().splitlines())}
+    order = ["starting", "engine_loaded", "models_loaded", "warmed_up", "ready", "draining"]
+    assert [event for event in lines if event in order] == order
+    spent_ms = [lines[event]["elapsed_ms"] for event in ("weights_read", "models_loaded", "warmed_up")]
+    assert all(ms > 0 for ms in [*spent_ms, lines["engine_loaded"]["imports_ms"], lines["engine_loaded"]["load_ms"]])
 
 
 def test_sigterm_while_the_model_loads_ends_the_process(tmp_path):
