@@ -3,81 +3,34 @@
 from __future__ import annotations
 
 import json
-import platform
 import resource
 import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import click
-import diffusers
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler
+from diffusers import DDIMScheduler
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.arms import run
+from bench.compare import terminal_table
+from bench.recipes import FULL_STEPS, GUIDANCE
+from bench.record import record
+from bench.sizes import LATENT_PX, SIZES, Job, random_modules
+from bench.surroundings import device_name, versions
 from model.catvton import published
 from model.catvton.attention import TryOnUNet
 from model.catvton.pipeline import CatVTONPipeline
 from model.device import DEVICES, DTYPES, choose_device, choose_dtype
 
-GUIDANCE = 2.5  # any value above 1 runs both branches
-FULL_STEPS = 50  # the published default, which the estimate of a whole picture is for
 KIB = 1024  # ru_maxrss is in KiB on Linux
-LATENT_PX = 8  # pixels a side that one latent stands for, in both configurations
-
-TINY_UNET: dict[str, Any] = {
-    "in_channels": 9,
-    "out_channels": 4,
-    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-    "block_out_channels": [32, 64],
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-    "cross_attention_dim": 16,
-    "attention_head_dim": 4,
-}
-TINY_VAE: dict[str, Any] = {
-    **published.VAE_CONFIG,
-    "block_out_channels": [8, 16, 16, 16],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-}
-
-
-@dataclass(frozen=True)
-class Size:
-    """What a configuration is built of and, where the caller does not say, how much of it is run."""
-
-    unet: dict[str, Any]
-    vae: dict[str, Any]
-    height: int
-    width: int
-    steps: int
-    repeats: int
-
-
-SIZES = {
-    "tiny": Size(TINY_UNET, TINY_VAE, height=128, width=96, steps=4, repeats=3),
-    "sd15": Size(published.UNET_CONFIG, published.VAE_CONFIG, height=1024, width=768, steps=10, repeats=3),
-}
-
-
-@dataclass(frozen=True)
-class Job:
-    """One measurement: which model, where, and how much of it."""
-
-    config: str
-    device: torch.device
-    dtype: torch.dtype
-    height: int
-    width: int
-    steps: int
-    repeats: int
 
 
 @dataclass(frozen=True)
@@ -149,10 +102,7 @@ class TimedPipeline(CatVTONPipeline):
 
 def build_pipeline(job: Job) -> TimedPipeline:
     """A pipeline with random weights on the device."""
-    torch.manual_seed(0)
-    with torch.device(job.device):
-        unet = TryOnUNet(**SIZES[job.config].unet).to(job.dtype).eval()
-        vae = AutoencoderKL(**SIZES[job.config].vae).to(job.dtype).eval()
+    vae, unet = random_modules(job)
     pipeline = TimedPipeline(vae, unet, DDIMScheduler(**published.SCHEDULER_CONFIG))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -229,7 +179,7 @@ def summarise(job: Job, runs: list[dict[str, float]]) -> Report:
         achieved_tflop_per_s=step_tflop / step_s,
         peak_memory_bytes=peak_bytes,
         peak_memory_kind=peak_kind,
-        versions={"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__},
+        versions=versions(),
     )
 
 
@@ -238,13 +188,6 @@ def peak_memory(device: torch.device) -> tuple[int, str]:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device), "cuda_allocated"
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB, "process_rss"
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's with the threads that torch uses."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def table(report: Report) -> str:
@@ -266,25 +209,56 @@ def table(report: Report) -> str:
 
 
 @click.command()
-@click.option("--config", type=click.Choice(sorted(SIZES)), required=True, help="sd15 has the published size.")
+@click.option(
+    "--config",
+    type=click.Choice(sorted(SIZES)),
+    help="sd15 has the published size and is what a GPU is timed with if nothing is said, small what a CPU is.",
+)
 @click.option("--device", type=click.Choice(["auto", *DEVICES]), default="auto", show_default=True)
 @click.option("--dtype", type=click.Choice(["auto", *DTYPES]), default="auto", show_default=True)
 @click.option("--height", type=click.IntRange(8), help="Pixels, a multiple of 8.")
 @click.option("--width", type=click.IntRange(8), help="Pixels, a multiple of 8.")
 @click.option("--steps", type=click.IntRange(1), help="Timed steps per run.")
 @click.option("--repeats", type=click.IntRange(1), help="Timed runs.")
+@click.option("--compare", "comparing", is_flag=True, help="Time baseline, exact mode and fast recipes side by side.")
+@click.option("--compile", "compiled", is_flag=True, help="Compare what torch.compile makes of them as well.")
+@click.option("--rounds", type=click.IntRange(1), default=10, show_default=True, help="Of a comparison.")
+@click.option("--limit-s", type=click.FloatRange(1), default=360, show_default=True, help="No round begins later.")
+@click.option("--record", "recording", is_flag=True, help="Keep the comparison in bench/results and bench/README.md.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the report here too.")
-def main(config: str, device: str, dtype: str, json_path: Path | None, **amounts: int | None) -> None:
+def main(
+    config: str | None,
+    device: str,
+    dtype: str,
+    json_path: Path | None,
+    comparing: bool,
+    compiled: bool,
+    rounds: int,
+    limit_s: float,
+    recording: bool,
+    **amounts: int | None,
+) -> None:
     """Time encode, denoise and decode of the CatVTON pipeline on random weights."""
+    if not comparing and (compiled or recording):
+        raise click.UsageError("--compile and --record go with --compare")
     try:
         chosen = choose_device(device)
     except ValueError as exc:
         raise click.UsageError(str(exc)) from exc
+    config = config or ("sd15" if chosen.type == "cuda" else "small")
     wanted = {name: amount or getattr(SIZES[config], name) for name, amount in amounts.items()}
-    report = measure(Job(config, chosen, choose_dtype(dtype, chosen), **wanted))
-    click.echo(table(report))
+    job = Job(config, chosen, choose_dtype(dtype, chosen), **wanted)
+    if comparing:
+        figures = run(job, rounds=rounds, limit_s=limit_s, compiled=compiled)
+        click.echo(terminal_table(figures))
+        if recording:
+            click.echo(f"kept in {record(figures, datetime.now(timezone.utc).date())}")
+    else:
+        report = measure(job)
+        click.echo(table(report))
+        figures = asdict(report)
     if json_path is not None:
-        json_path.write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
+        json_path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

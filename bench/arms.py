@@ -1,0 +1,184 @@
+"""The arms of a comparison: the plain loop, the pipeline, and its recipes, on the same weights, pictures and noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+
+from bench.baseline import Baseline, Conditions, stock_unet
+from bench.compare import BASELINE, Arm, Pictures, compare
+from bench.counters import TERA, Shapes
+from bench.recipes import COMBINED, EXACTLY, FULL_STEPS, GUIDANCE, NAMED, SINGLE, Recipe
+from bench.sizes import SIZES, Job, random_modules
+from bench.stopwatch import Stopwatch
+from bench.surroundings import device_name
+from model.catvton import published
+from model.catvton.attention import TryOnUNet
+from model.catvton.compiling import INDUCTOR, compile_unet
+from model.catvton.engine import to_picture
+from model.catvton.kernels import attend, chosen_kernels
+from model.catvton.pipeline import CatVTONPipeline
+from model.catvton.schedule import solver_like, steps_of
+
+TIMED = (
+    "no guidance",
+    "guided share 0.5",
+    "person-only unconditional",
+    "guided share 0.5, person-only",
+    "garment interval 2",
+    "deep interval 2",
+    "balanced",
+    "fast",
+)
+SEED = 0
+
+Module = TypeVar("Module", bound=torch.nn.Module)
+
+
+class ChosenAttention:
+    """The attention of the pipeline in a stock UNet: queries, keys and values as the stock processor makes them."""
+
+    def __call__(self, attention: Any, hidden_states: torch.Tensor, **_options: object) -> torch.Tensor:  # noqa: ANN401
+        """(B, tokens, channels) to the same."""
+        batch, tokens, _ = hidden_states.shape
+        projected = (projection(hidden_states) for projection in (attention.to_q, attention.to_k, attention.to_v))
+        mixed = attend(*(each.view(batch, tokens, attention.heads, -1).transpose(1, 2) for each in projected))
+        mixed = attention.to_out[0](mixed.transpose(1, 2).reshape(batch, tokens, -1))
+        result: torch.Tensor = mixed / attention.rescale_output_factor
+        return result
+
+
+def run(job: Job, *, rounds: int, limit_s: float, compiled: bool) -> dict[str, Any]:
+    """Build every arm, compare them, and say where.
+
+    Args:
+        job: its `steps` are the baseline's; a recipe with fewer steps takes its share of them.
+        rounds: of all arms.
+        limit_s: no round but the first begins later.
+        compiled: with two arms more, through `torch.compile`.
+    """
+    if job.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # for all arms
+    arms = list(make_arms(job, compiled=compiled))
+    report = compare(arms, job.device, rounds=rounds, limit_s=limit_s)
+    return {
+        "config": job.config,
+        "device": job.device.type,
+        "device_name": device_name(job.device),
+        "dtype": str(job.dtype).replace("torch.", ""),
+        "height": job.height,
+        "width": job.width,
+        "guidance": GUIDANCE,
+        **report,
+        "chosen_kernels": chosen_kernels(),
+    }
+
+
+def make_arms(job: Job, *, compiled: bool) -> Iterator[Arm]:
+    """The baseline first."""
+    vae, unet = random_modules(job)
+    shapes = Shapes(replace(SIZES[job.config], height=job.height, width=job.width), job.dtype)
+    conditions = random_conditions(job)
+    stock = stock_unet(unet)
+    full_tflop = shapes.loop(EXACTLY, job.steps).flop / TERA
+
+    def plain(name: str, unet: UNet2DConditionModel, modules: Sequence[torch.nn.Module]) -> Arm:
+        baseline = Baseline(unet, vae, DDIMScheduler(**published.SCHEDULER_CONFIG))
+
+        def draw(watch: Stopwatch) -> Pictures:
+            return draw_plainly(baseline, conditions, job.steps, watch)
+
+        return Arm(name, job.steps, full_tflop, exact=True, modules=(*modules, vae), draw=draw)
+
+    def ours(name: str, unet: TryOnUNet, recipe: Recipe) -> Arm:
+        pipeline = make_pipeline(served_vae, unet)
+        steps = max(1, round(job.steps * recipe.steps / FULL_STEPS))
+
+        def draw(watch: Stopwatch) -> Pictures:
+            return draw_with(pipeline, conditions, recipe, steps, watch)
+
+        tflop = shapes.loop(recipe, steps).flop / TERA
+        return Arm(name, steps, tflop, exact=recipe == EXACTLY, modules=(unet, served_vae), draw=draw)
+
+    served_vae, served_unet = as_served(vae, job.device), as_served(unet, job.device)
+    yield plain(BASELINE, stock, (stock,))
+    with_attention = stock_unet(unet, ChosenAttention())
+    yield plain(f"{BASELINE}, our attention", with_attention, (with_attention,))
+    if compiled:
+        yield plain(f"{BASELINE}, compiled", torch.compile(stock), (stock,))
+    yield ours(EXACTLY.name, served_unet, EXACTLY)
+    if compiled:
+        yield ours(f"{EXACTLY.name}, compiled", compiled_copy(served_unet), EXACTLY)
+    for recipe in (*SINGLE, *COMBINED, *NAMED):
+        if recipe.name in TIMED:
+            yield ours(recipe.name, served_unet, recipe)
+
+
+def make_pipeline(vae: AutoencoderKL, unet: TryOnUNet) -> CatVTONPipeline:
+    """Without a cache of latents: every call encodes its pictures, as the baseline does."""
+    pipeline = CatVTONPipeline(vae, unet, DDIMScheduler(**published.SCHEDULER_CONFIG))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def as_served(module: Module, device: torch.device) -> Module:
+    """The module as the engine has it: on CUDA a copy in channels_last, since the baseline's own stays as it is."""
+    if device.type != "cuda":
+        return module
+    copy: Any = deepcopy(module)
+    served: Module = copy.to(memory_format=torch.channels_last)
+    return served
+
+
+def compiled_copy(unet: TryOnUNet) -> TryOnUNet:
+    """Another UNet on the same weights, compiled as the engine compiles."""
+    with torch.device("meta"):
+        copy: TryOnUNet = TryOnUNet.from_config(unet.config)
+    copy.load_state_dict(unet.state_dict(), assign=True)
+    compile_unet(copy.eval(), INDUCTOR)
+    return copy
+
+
+def random_conditions(job: Job) -> Conditions:
+    """A person, a garment and a mask of noise, on the job's device."""
+    draw = np.random.default_rng(SEED)
+    pictures = draw.uniform(-1, 1, (2, 1, 3, job.height, job.width)).astype(np.float32)
+    mask = torch.zeros(1, 1, job.height, job.width)
+    mask[:, :, job.height // 4 : job.height // 2] = 1
+    person, garment = torch.from_numpy(pictures)
+    return Conditions(person.to(job.device), garment.to(job.device), mask.to(job.device))
+
+
+def draw_plainly(baseline: Baseline, conditions: Conditions, steps: int, watch: Stopwatch) -> Pictures:
+    """The baseline's guided picture, (1, H, W, 3) uint8."""
+    with watch.whole():
+        condition = baseline.encode(conditions, guided=True)
+        with watch.loop():
+            generator = torch.Generator().manual_seed(SEED)
+            latents = baseline.denoise(condition, steps=steps, guidance=GUIDANCE, generator=generator)
+        return baseline.decode(latents)
+
+
+@torch.no_grad()
+def draw_with(
+    pipeline: CatVTONPipeline, conditions: Conditions, recipe: Recipe, steps: int, watch: Stopwatch
+) -> Pictures:
+    """The pipeline's picture, stage by stage as its call makes it: (1, H, W, 3) uint8."""
+    height, width = conditions.mask.shape[-2:]
+    with watch.whole():
+        masked = conditions.person * (conditions.mask < 0.5)
+        condition = pipeline.encode_condition(masked, conditions.garment, conditions.mask, guided=recipe.guided)
+        with watch.loop():
+            generator = torch.Generator().manual_seed(SEED)
+            scheduler = solver_like(pipeline.scheduler, recipe.knobs.solver, steps)
+            latents = pipeline.prepare_latents(1, height, width, generator).mul(scheduler.init_noise_sigma)
+            prepared = steps_of(scheduler, latents, generator, eta=1.0)
+            latents = pipeline.denoise(latents, condition, recipe.guidance, prepared, recipe.knobs)
+        pixels = pipeline.decode(pipeline.unscale(latents[..., : latents.shape[-2] // 2, :]))
+        return np.stack([to_picture(each) for each in pixels])

@@ -1,0 +1,112 @@
+"""Keep what was measured: a file per device and day, and the tables of bench/README.md between their markers."""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+COMPARISON, DRIFT = "comparison", "drift"
+NONE_YET = "Nothing is recorded yet."
+
+_MIB = 2**20
+
+
+def record(report: dict[str, Any], day: date, root: Path = HERE) -> Path:
+    """Write `results/<device>-<day>.json` and make the README's tables again from all that is there.
+
+    Args:
+        report: of `bench.pipeline --compare`.
+        day: of the measurement.
+        root: a folder with `README.md` and `results/`.
+    Returns:
+        The file.
+    Raises:
+        ValueError: the README has no place for the tables.
+    """
+    path = root / "results" / f"{slug(report)}-{day.isoformat()}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    put(root / "README.md", COMPARISON, tables(root / "results"))
+    return path
+
+
+def slug(report: dict[str, Any]) -> str:
+    """The GPU's name in lower case with dashes, or "cpu"."""
+    if report["device"] != "cuda":
+        return str(report["device"])
+    return re.sub(r"[^a-z0-9]+", "-", report["device_name"].lower()).strip("-")
+
+
+def tables(results: Path) -> str:
+    """A table for the newest file of each device, in the order of their names."""
+    newest: dict[str, Path] = {}
+    for path in sorted(results.glob("*-????-??-??.json")):
+        newest[path.stem[: -len("-2000-01-01")]] = path
+    return "\n\n".join(map(table_of_file, newest.values())) or NONE_YET
+
+
+def table_of_file(path: Path) -> str:
+    """The heading, the circumstances and the table of one file."""
+    report = json.loads(path.read_text(encoding="utf-8"))
+    circumstances = (
+        f"{report['config']}, {report['height']}x{report['width']} (height x width), {report['dtype']}, "
+        f"{report['rounds']} rounds on {report['clock']}, load average {report['load_average'][0]:g}; "
+        + ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+        + f" ([`{path.name}`](results/{path.name}))."
+    )
+    return f"**{report['device_name']}**, {path.stem[-10:]}: {circumstances}\n\n{table(report)}"
+
+
+def table(report: dict[str, Any]) -> str:
+    """The arms of a comparison as a Markdown table; ratios with their 95 % interval."""
+    rows = [
+        "| arm | steps | ms per step (p10 to p90) | TFLOP/s | loop, times faster | picture, times faster | "
+        "peak MiB | first call |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    rows += [_row(name, arm) for name, arm in report["arms"].items()]
+    return "\n".join(rows)
+
+
+def _row(name: str, arm: dict[str, Any]) -> str:
+    loop, steps = arm["loop_ms"], arm["steps"]
+    share = f" ({arm['peak_share']:.0%})" if "peak_share" in arm else ""
+    peak = arm["peak_memory_bytes"]
+    cells = (
+        name,
+        f"{steps}",
+        f"{arm['step_ms']:.1f} ({loop['p10'] / steps:.1f} to {loop['p90'] / steps:.1f})",
+        f"{arm['tflop_per_s']:.3g}{share}",
+        _ratio(arm["speedup"]),
+        _ratio(arm["whole_speedup"]),
+        "-" if peak is None else f"{peak / _MIB:.0f}",
+        f"{arm['first_call_s']:.1f} s",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _ratio(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+
+
+def put(readme: Path, name: str, text: str) -> None:
+    """Replace what stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`.
+
+    Raises:
+        ValueError: the markers are not both there, once.
+    """
+    before, begin, rest = readme.read_text(encoding="utf-8").partition(f"<!-- {name}:begin -->\n")
+    _, end, after = rest.partition(f"<!-- {name}:end -->\n")
+    if not begin or not end:
+        raise ValueError(f"{readme} has no markers {name}:begin and {name}:end")
+    readme.write_text(f"{before}{begin}{text}\n{end}{after}", encoding="utf-8")
+
+
+def held(readme: Path, name: str) -> str:
+    """What stands between the markers."""
+    return (
+        readme.read_text(encoding="utf-8").partition(f"<!-- {name}:begin -->\n")[2].partition(f"\n<!-- {name}:end")[0]
+    )
