@@ -26,13 +26,12 @@ from starlette.types import Receive, Scope, Send
 from container.errors import InvalidRequest, NotReady
 from container.fetch import MAX_BYTES
 from container.gate import Gate
-from container.get_vton import Finished
 from container.images import MAX_ASPECT, MAX_PIXELS, MIN_SIDE, encode, encode_mask
-from container.request import CLOTH_TYPES, CallContext
-from container.rest_api import UPLOADS_PER_PLACE, Form, answer_detail, read_form, request_of
+from container.request import CLOTH_TYPES, OnStep
+from container.rest_api import UPLOADS_PER_PLACE, Form, answer_detail, dressed, entered
 from container.sharing import Admission
 from container.telemetry import StageTimes
-from container.vton_api import answered, enter, not_serving, run_admitted, wanted
+from container.vton_api import answered, not_serving, run_admitted, wanted
 from container.wiring import App
 from model.embedded import demo_pictures
 from model.interface import EMBEDDED
@@ -73,7 +72,6 @@ MASK_FIELDS = {"person_image", "cloth_type"}
 ALIVE_S = 10.0  # between two signs of life to whoever waits: proxies end what is silent
 
 log = structlog.get_logger()
-OnStep = Callable[[int, int], None]
 
 
 def add_page(api: FastAPI, app: App, gate: Gate) -> None:
@@ -155,7 +153,7 @@ def _settings(app: App) -> dict[str, object]:
 
 
 async def _mask(app: App, gate: Gate, uploading: Admission, request: Request, request_id: str) -> Response:
-    form = await _form(app, gate, uploading, request)
+    form = await entered(app, gate, uploading, request)
     content, cloth_type = _masked(form)
     if not app.masker.available:
         raise InvalidRequest("no automatic masker is configured", field="mask_image")
@@ -189,34 +187,10 @@ def _masked(form: Form) -> tuple[bytes, str]:
 async def _try_on(
     app: App, gate: Gate, uploading: Admission, request: Request, on_step: OnStep, request_id: str
 ) -> Response:
-    form = await _form(app, gate, uploading, request)
-    asked = request_of(form.fields)
-    structlog.contextvars.bind_contextvars(user=app.pseudonyms.of(asked.userId))
-    deadline = time.monotonic() + app.settings.deadline_s
-
-    def run(context: CallContext) -> Finished:
-        on_step(0, asked.num_inference_steps or app.settings.steps)  # it has a place
-        return app.service.picture(asked, deadline, context)
-
-    async with wanted(request) as is_wanted:
-        context = CallContext(request_id, is_wanted=is_wanted, uploads=form.uploads, on_step=on_step)
-        finished = await run_admitted(app, partial(run, context), deadline)
-    told = {name: finished.facts[name] for name in ("job_id", "mask_source", "engine")}
-    log.info("request_done", **told, timings_ms=finished.timings_ms)
+    form = await entered(app, gate, uploading, request)
+    finished = await dressed(app, request, form, request_id, on_step)
     image = base64.b64encode(finished.content).decode("ascii")
     return JSONResponse({"imageBase64": image, **finished.facts, "timings_ms": finished.timings_ms})
-
-
-async def _form(app: App, gate: Gate, uploading: Admission, request: Request) -> Form:
-    """The form of a caller who may ask, of a service that serves; so many are read at a time."""
-    enter(gate, request)
-    if (error := not_serving(app)) is not None:
-        raise error
-    uploading.enter()
-    try:
-        return await read_form(request)
-    finally:
-        uploading.leave()
 
 
 class EventStream(Response):

@@ -144,6 +144,13 @@ AnyRequest = Union[TryOnRequest, MaskRequest]
 _Request = TypeVar("_Request", TryOnRequest, MaskRequest)
 
 
+OnStep = Callable[[int, int], None]
+
+
+def ignore(_done: int, _steps: int) -> None:
+    """For steps that nobody is told of."""
+
+
 @dataclass(frozen=True)
 class CallContext:
     """What comes with a call, beside its fields.
@@ -160,7 +167,7 @@ class CallContext:
     inference_id: Optional[str] = None
     custom_attributes: Optional[str] = None
     is_wanted: Callable[[], bool] = lambda: True
-    on_step: Callable[[int, int], None] = lambda _done, _of: None
+    on_step: OnStep = ignore
     uploads: Mapping[str, bytes] = field(default_factory=dict)
 
 

@@ -37,7 +37,8 @@ from container.errors import (
 from container.fetch import MAX_BYTES
 from container.form import CLOTH_TYPE, IMAGES, try_on_of
 from container.gate import Gate, TooOften
-from container.request import CallContext, TryOnRequest, upload_reference
+from container.get_vton import Finished
+from container.request import CallContext, OnStep, TryOnRequest, ignore, upload_reference
 from container.sharing import Admission
 from container.vton_api import answered, enter, not_serving, run_admitted, wanted
 from container.wiring import App
@@ -124,28 +125,57 @@ def is_busy(error: TryOnError) -> bool:
 
 
 async def _try_on(app: App, gate: Gate, uploading: Admission, request: Request, request_id: str) -> Response:
+    form = await entered(app, gate, uploading, request)
+    finished = await dressed(app, request, form, request_id)
+    image = base64.b64encode(finished.content).decode("ascii")
+    return JSONResponse(
+        {"success": True, "imageBase64": image, "message": DONE},
+        headers={"X-Job-Id": finished.facts["job_id"], "X-Seed": finished.facts["seed"]},
+    )
+
+
+async def entered(app: App, gate: Gate, uploading: Admission, request: Request) -> Form:
+    """The form of a caller who may ask, of a service that serves; so many are read at a time.
+
+    Raises:
+        TryOnError: of the gate, of a service that does not serve, of `uploading`, and of `read_form`.
+    """
     enter(gate, request)
     if (error := not_serving(app)) is not None:
         raise error
     uploading.enter()
     try:
-        form = await read_form(request)
-        asked = request_of(form.fields)
+        return await read_form(request)
     finally:
         uploading.leave()
+
+
+async def dressed(app: App, request: Request, form: Form, request_id: str, on_step: OnStep = ignore) -> Finished:
+    """The finished picture that a form asks for.
+
+    Args:
+        app: makes it.
+        request: whose caller may leave.
+        form: read.
+        request_id: for the log.
+        on_step: as of `CallContext`, and told (0, steps) when the request has a place.
+    Raises:
+        TryOnError: what `TryOnService.picture` raises, and InvalidRequest.
+    """
+    asked = request_of(form.fields)
     structlog.contextvars.bind_contextvars(user=app.pseudonyms.of(asked.userId))
     deadline = time.monotonic() + app.settings.deadline_s
+
+    def picture(context: CallContext) -> Finished:
+        on_step(0, asked.num_inference_steps or app.settings.steps)
+        return app.service.picture(asked, deadline, context)
+
     async with wanted(request) as is_wanted:
-        context = CallContext(request_id, is_wanted=is_wanted, uploads=form.uploads)
-        finished = await run_admitted(app, partial(app.service.picture, asked, deadline, context), deadline)
-    facts = finished.facts
-    told = {name: facts[name] for name in ("job_id", "mask_source", "engine")}
+        context = CallContext(request_id, is_wanted=is_wanted, uploads=form.uploads, on_step=on_step)
+        finished = await run_admitted(app, partial(picture, context), deadline)
+    told = {name: finished.facts[name] for name in ("job_id", "mask_source", "engine")}
     log.info("request_done", **told, timings_ms=finished.timings_ms)
-    image = base64.b64encode(finished.content).decode("ascii")
-    return JSONResponse(
-        {"success": True, "imageBase64": image, "message": DONE},
-        headers={"X-Job-Id": facts["job_id"], "X-Seed": facts["seed"]},
-    )
+    return finished
 
 
 async def read_form(request: Request) -> Form:
