@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 CANDIDATES = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 RUNS = 3
+TOLERANCE = 2e-2  # between kernels, in half precision
 BETTER = 0.95  # of the time of the one before, or the choice would change from start to start
 
 Shape = tuple[torch.device, torch.dtype, tuple[int, ...], tuple[int, ...]]
@@ -60,10 +61,14 @@ def fastest(candidates: Sequence[SDPBackend], time_of: Callable[[SDPBackend], fl
 
 
 def _fastest_on_cuda(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> SDPBackend:
+    expected = scaled_dot_product_attention(queries, keys, values)
+
     def time_of(kernel: SDPBackend) -> float:
         with sdpa_kernel(kernel), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # why a kernel cannot take a shape
-            scaled_dot_product_attention(queries, keys, values)
+            found = scaled_dot_product_attention(queries, keys, values)
+            if not torch.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True):
+                raise RuntimeError(f"{kernel.name} computes something else")
             return statistics.median(_seconds(queries, keys, values) for _ in range(RUNS))
 
     kernel = fastest(CANDIDATES, time_of)
