@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from catvton_recipe import build_pipeline, configs
@@ -173,6 +176,31 @@ def test_the_fastest_kernel_that_runs_is_chosen(times: dict[SDPBackend, float], 
         return times[kernel]
 
     assert kernels.fastest((CUDNN, FLASH, EFFICIENT), time_of) == expected
+
+
+@pytest.mark.parametrize("wrong", [None, FLASH, SDPBackend.MATH])
+def test_kernels_are_timed_and_compared_before_one_is_chosen(
+    wrong: SDPBackend | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = [torch.randn(1, 2, 64, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    computed = kernels.scaled_dot_product_attention
+    used: list[SDPBackend] = [FLASH]  # torch's own choice
+
+    @contextmanager
+    def only(kernel: SDPBackend) -> Iterator[None]:
+        used.append(kernel)
+        yield
+        used.pop()
+
+    def attention(*tensors: torch.Tensor) -> torch.Tensor:
+        return computed(*tensors) + (len(used) > 1 and used[-1] == wrong)
+
+    monkeypatch.setattr(kernels, "sdpa_kernel", only)
+    monkeypatch.setattr(kernels, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(kernels, "CANDIDATES", (FLASH, EFFICIENT))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: None)
+    chosen = kernels._fastest_on_cuda(*drawn)
+    assert chosen in ({EFFICIENT} if wrong == FLASH else {FLASH, EFFICIENT})
 
 
 @pytest.mark.gpu
