@@ -12,7 +12,7 @@ import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -535,7 +535,16 @@ def test_nothing_accumulates():
             assert inside(decoder, f"said = {number}") == number
         wait_until(lambda: len(processes_of(decoder)) == 2)
         wait_until(lambda: (me.num_fds(), me.num_threads(), len(me.children())) == before)
-        assert not any(child.status() == psutil.STATUS_ZOMBIE for child in me.children(recursive=True))
+        wait_until(lambda: not zombies_of(me))
+
+
+def zombies_of(process):
+    found = []
+    for child in process.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if child.status() == psutil.STATUS_ZOMBIE:
+                found.append(child)
+    return found
 
 
 @LINUX
