@@ -44,10 +44,10 @@ def run(bench, path, *arguments):
 
 
 def test_load_prints_a_column_for_each_level_and_whether_the_promises_hold(staged, tmp_path):
-    text, figures = run(load, tmp_path / "load.json", "--seconds", "1", "--levels", "50,300")
+    text, figures = run(load, tmp_path / "load.json", "--seconds", "1", "--levels", "50,1000")
     low, high = figures["levels"]
-    assert (low["share"], high["share"]) == (0.5, 3.0)
-    assert high["offered_per_s"] == pytest.approx(3 * figures["capacity_per_s"], abs=1)
+    assert (low["share"], high["share"]) == (0.5, 10.0)
+    assert high["offered_per_s"] == pytest.approx(10 * figures["capacity_per_s"], abs=1)
     for level in (low, high):
         assert level["accepted"]["count"] > 0
         assert 0 < level["accepted"]["p50_ms"] <= level["accepted"]["p99_ms"]
