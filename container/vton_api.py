@@ -306,7 +306,11 @@ async def run_admitted(app: App, run: Callable[[], _Result], deadline: float) ->
     """
     app.admission.enter()
     context = contextvars.copy_context()
-    running = asyncio.wrap_future(app.request_pool.submit(context.run, run))
+    try:
+        running = asyncio.wrap_future(app.request_pool.submit(context.run, run))
+    except BaseException:  # no thread to be had
+        app.admission.leave()
+        raise
     running.add_done_callback(lambda _: app.admission.leave())
     done, _ = await asyncio.wait({running}, timeout=deadline - time.monotonic() + EFFECTS_S)
     if done:
@@ -323,8 +327,10 @@ def _log_late(ran: asyncio.Future[Any]) -> None:
     if error is None:
         result = ran.result()
         log.info("late_request_done", **(_summary(result) if isinstance(result, (TryOnResult, MaskResult)) else {}))
+    elif isinstance(error, TryOnError):
+        log.warning("late_request_failed", code=error.code, detail=str(error))
     else:
-        log.warning("late_request_failed", code=error.code if isinstance(error, TryOnError) else Internal.code)
+        log.error("late_request_failed", code=Internal.code, exc_info=error)
 
 
 def not_serving(app: App) -> TryOnError | None:

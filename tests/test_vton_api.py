@@ -14,6 +14,7 @@ import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 from stand_in import FakeFetcher, RecordingNotifier, StandInEngine, running_app, usual_request
+from structlog.testing import capture_logs
 
 from container.vton_api import create_app
 from deploy.demo import http_server
@@ -120,12 +121,29 @@ def test_a_repeat_waits_for_the_late_picture_and_begins_none(hurried):
     assert len(hurried.engine.made) == made + 1
 
 
-def test_a_late_picture_that_fails_gives_its_place_back(hurried):
-    hurried.engine.failures.append(EngineError("torch said no"))
-    assert hurried.ask().status_code == 504
-    hurried.engine.may_end.set()
+@pytest.mark.parametrize(
+    ("failure", "code"), [(EngineError("torch said no"), "generation_failed"), (ValueError("a bug"), "internal")]
+)
+def test_a_late_picture_that_fails_is_told_of_and_gives_its_place_back(hurried, failure, code):
+    with capture_logs() as lines:
+        hurried.engine.failures.append(failure)
+        assert hurried.ask().status_code == 504
+        hurried.engine.may_end.set()
+        until(lambda: any(line["event"] == "late_request_failed" for line in lines))
+    assert next(line["code"] for line in lines if line["event"] == "late_request_failed") == code
     until(lambda: not hurried.app.admission.taken)
     assert hurried.ask().status_code == 200
+
+
+def test_a_request_that_gets_no_thread_gives_its_place_back(door, monkeypatch):
+    def submit(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(door.app.request_pool, "submit", submit)
+    assert code_of(door.ask()) == (500, "internal", None)
+    assert door.app.admission.taken == 0
+    monkeypatch.undo()
+    assert door.ask().status_code == 200
 
 
 def test_ping_is_200_with_an_empty_body(door):
