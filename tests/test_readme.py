@@ -229,3 +229,12 @@ def test_the_table_of_fields_is_the_request():
 def test_the_table_of_exits_is_the_command_lines():
     written = {int(row[0]) for row in table_rows("`vton serve` and `container/serve` are")}
     assert written == {0, 73, 75, 78, *EXIT_OF_CODE.values()}
+
+
+def test_the_figures_of_faster_pictures_are_those_that_were_measured():
+    recipes = json.loads((REPOSITORY / "bench" / "results" / "embedded-drift.json").read_text())["recipes"]
+    measured = {(recipe["name"], recipe["eta"]): recipe for recipe in recipes}
+    for name, _, fewer, likeness in table_rows("### Faster pictures")[1:]:
+        assert fewer == f"{measured[name, 1.0]['speedup']:.2f}"
+        assert likeness.startswith(f"{measured[name, 1.0]['psnr_db']:.1f} dB")
+    assert f"{measured['fast, no fresh noise', 0.0]['psnr_db']:.1f} dB from the exact picture without" in README
