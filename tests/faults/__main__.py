@@ -46,6 +46,9 @@ def main(arguments: Sequence[str]) -> int:
         failed = len(outcomes) < len(chosen) or any(outcome.verdict == FAILED for outcome in outcomes.values())
         ground.close(keep=failed)
     _print_table(chosen, outcomes)
+    for name, outcome in outcomes.items():  # once more, since the end of a long output is what is kept of it
+        if outcome.verdict == FAILED:
+            click.echo(f"{name} failed: {outcome.why}")
     if failed:
         click.echo(f"logs of the processes: {ground.folder}")
     click.echo(f"limits of milliseconds were given {patience():.1f} times, for the load of this machine")
