@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
-from container.errors import ImageTooLarge, InvalidRequest
+from container.errors import ImageTooLarge, InvalidRequest, TryOnError
 from container.fetch import MAX_BYTES
 from container.request import TryOnRequest, parse_try_on, upload_reference
 
 OTHER_NAMES = sorted(name for name in TryOnRequest.model_fields if name.endswith("_url"))  # of the same pictures
 IMAGES = ("person_image", "cloth_image", "lower_cloth_image", "mask_image")
+NAMES = {"person_image_url": "person_image", "mask_image_url": "mask_image"}  # a request's -> the form's, always
 CALLER = {"userId": "rest", "timestamp": "upload"}  # where a form names none; nothing is stored under them
 CLOTH_TYPE = "upper"  # where a form names none
 MAX_BASE64 = 4 * -(-MAX_BYTES // 3)  # characters
@@ -31,12 +33,19 @@ def try_on_of(form: Mapping[str, object]) -> TryOnRequest:
         if name in fields:
             raise InvalidRequest("beside the form's own names", field=name)
     others = {name: value for name, value in fields.items() if name not in IMAGES}
-    try:
+    with named_by_form(pictures):
         return parse_try_on({**others, **{place: fields.get(name) for place, name in pictures.items()}})
-    except InvalidRequest as exc:
-        if exc.field not in pictures:
-            raise
-        raise InvalidRequest(str(exc), field=pictures[exc.field]) from exc
+
+
+@contextmanager
+def named_by_form(names: Mapping[str, str] = NAMES) -> Iterator[None]:
+    """Inside the block, errors that name a field of the request name the form's instead."""
+    try:
+        yield
+    except TryOnError as exc:
+        if exc.field is not None:
+            exc.field = names.get(exc.field, exc.field)
+        raise
 
 
 def with_uploads(form: Mapping[str, object]) -> tuple[dict[str, object], dict[str, bytes]]:
@@ -84,9 +93,8 @@ def _pictures(fields: Mapping[str, object]) -> dict[str, str]:
     kind, lower = fields["cloth_type"], fields.get("lower_cloth_image")
     if lower is not None and kind != "overall":
         raise InvalidRequest("of no use for this type", field="lower_cloth_image")
-    names = {"person_image_url": "person_image", "mask_image_url": "mask_image"}
     if kind == "lower":
-        return {**names, "lower_cloth_url": "cloth_image"}
+        return {**NAMES, "lower_cloth_url": "cloth_image"}
     if kind == "overall" and lower is None:
-        return {**names, "overall_cloth_url": "cloth_image"}
-    return {**names, "upper_cloth_url": "cloth_image", "lower_cloth_url": "lower_cloth_image"}
+        return {**NAMES, "overall_cloth_url": "cloth_image"}
+    return {**NAMES, "upper_cloth_url": "cloth_image", "lower_cloth_url": "lower_cloth_image"}

@@ -27,8 +27,9 @@ from container.errors import InvalidRequest, NotReady
 from container.fetch import MAX_BYTES
 from container.gate import Gate
 from container.images import MAX_ASPECT, MAX_PIXELS, MIN_SIDE, encode, encode_mask
+from container.multipart import Form
 from container.request import CLOTH_TYPES, OnStep
-from container.rest_api import UPLOADS_PER_PLACE, Form, answer_detail, dressed, entered
+from container.rest_api import UPLOADS_PER_PLACE, answer_detail, dressed, entered
 from container.sharing import Admission
 from container.telemetry import StageTimes
 from container.vton_api import answered, not_serving, run_admitted, wanted

@@ -6,11 +6,9 @@ same picture through either door. Nothing is stored: the answer is the picture.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Callable
 
@@ -18,38 +16,34 @@ import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
-from python_multipart.exceptions import FormParserError
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
-from starlette.types import Message, Receive
 
 from container.errors import (
     GpuFailed,
-    ImageTooLarge,
     InvalidRequest,
     NotReady,
     Overloaded,
-    RequestTimeout,
-    RequestTooLarge,
     TryOnError,
     UnsupportedContentType,
 )
-from container.fetch import MAX_BYTES
-from container.form import CLOTH_TYPE, IMAGES, try_on_of
+from container.form import CLOTH_TYPE, named_by_form, try_on_of
 from container.gate import Gate, TooOften
 from container.get_vton import Finished
-from container.request import CallContext, OnStep, TryOnRequest, ignore, upload_reference
+from container.multipart import Form, read_form
+from container.openapi import describe_form
+from container.request import CallContext, OnStep, TryOnRequest, ignore
 from container.sharing import Admission
-from container.vton_api import answered, enter, not_serving, run_admitted, wanted
+from container.vton_api import answered, enter, error_response, not_serving, run_admitted, wanted
 from container.wiring import App
 from model.interface import OutOfMemory
 
-NUMBERS: dict[str, Callable[[str], float]] = {"num_inference_steps": int, "guidance_scale": float, "seed": int}
+NUMBERS: dict[str, Callable[[str], float]] = {
+    "num_inference_steps": int,
+    "guidance_scale": float,
+    "seed": int,
+    "output_quality": int,
+}
 DEFAULTS: dict[str, object] = {"cloth_type": CLOTH_TYPE, "num_inference_steps": 50, "guidance_scale": 2.5, "seed": 42}
 TEXTS = {"cloth_type", "composite", "output_size", "output_format", "quality", "userId", "timestamp"}
-MAX_FORM_BYTES = len(IMAGES) * MAX_BYTES + 64 * 1024
-MAX_TEXT_BYTES = 4096
-UPLOAD_S = 30.0  # for the whole form
 UPLOADS_PER_PLACE = 2  # forms that are read at a time, for each place of the service
 DONE = "Try-on completed successfully"
 READY, LOADING, UNWELL = "Service is ready", "Models are still loading. Please wait and try again.", "The GPU failed."
@@ -58,14 +52,6 @@ OUT_OF_MEMORY = "GPU out of memory. Image may be too large. Error: {code}"
 NOT_A_FORM = "The body must be multipart/form-data."
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True)
-class Form:
-    """What a form said: the fields of a request, and the files that they name by reference."""
-
-    fields: dict[str, object]
-    uploads: dict[str, bytes] = field(default_factory=dict)
 
 
 def add_rest(api: FastAPI, app: App, gate: Gate) -> None:
@@ -80,7 +66,9 @@ def add_rest(api: FastAPI, app: App, gate: Gate) -> None:
             expose_headers=["Retry-After", "X-Job-Id", "X-Seed"],
         )
 
-    @api.get("/health")
+    api.state.answers.update({"/api/": answer_detail, "/health": answer_detail})
+
+    @api.get("/health", responses={503: {"description": "It loads, or the GPU failed."}})
     async def health() -> Response:
         error = not_serving(app)
         if error is None:
@@ -91,7 +79,7 @@ def add_rest(api: FastAPI, app: App, gate: Gate) -> None:
         )
         return JSONResponse(told, status_code=503)
 
-    @api.post("/api/try-on")
+    @api.post("/api/try-on", **(describe_form({*NUMBERS, *TEXTS}) if app.settings.docs else {}))
     async def try_on(request: Request) -> Response:
         return await answered(app, request, partial(_try_on, app, gate, uploading, request), answer_detail)
 
@@ -100,10 +88,7 @@ def answer_detail(error: TryOnError, request_id: str) -> JSONResponse:
     """The response to a failed request, with the sentence as `detail`."""
     status = NotReady.status if is_busy(error) else error.status
     told = {"detail": sentence(error), "code": error.code, "retryable": error.retryable, "request_id": request_id}
-    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
-    if isinstance(error, (RequestTimeout, RequestTooLarge)):
-        headers["Connection"] = "close"
-    return JSONResponse(told, status_code=status, headers=headers)
+    return error_response(error, status, told)
 
 
 def sentence(error: TryOnError) -> str:
@@ -145,7 +130,7 @@ async def entered(app: App, gate: Gate, uploading: Admission, request: Request) 
         raise error
     uploading.enter()
     try:
-        return await read_form(request)
+        return await read_form(request, frozenset({*NUMBERS, *TEXTS}))
     finally:
         uploading.leave()
 
@@ -168,7 +153,8 @@ async def dressed(app: App, request: Request, form: Form, request_id: str, on_st
 
     def picture(context: CallContext) -> Finished:
         on_step(0, asked.num_inference_steps or app.settings.steps)
-        return app.service.picture(asked, deadline, context)
+        with named_by_form():
+            return app.service.picture(asked, deadline, context)
 
     async with wanted(request) as is_wanted:
         context = CallContext(request_id, is_wanted=is_wanted, uploads=form.uploads, on_step=on_step)
@@ -178,53 +164,6 @@ async def dressed(app: App, request: Request, form: Form, request_id: str, on_st
     return finished
 
 
-async def read_form(request: Request) -> Form:
-    """The form of a request, read within `UPLOAD_S` and `MAX_FORM_BYTES`.
-
-    Raises:
-        UnsupportedContentType, RequestTooLarge, RequestTimeout, ImageTooLarge.
-        InvalidRequest: it is no form, or has a field that is unknown, twice there, or no text.
-    """
-    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        raise UnsupportedContentType()
-    announced = request.headers.get("content-length", "0")
-    if announced.isdigit() and int(announced[:20]) > MAX_FORM_BYTES:
-        raise RequestTooLarge("announced")
-    counted = Request(request.scope, _counted(request.receive, MAX_FORM_BYTES))
-    try:
-        return await asyncio.wait_for(_parsed(counted), UPLOAD_S)
-    except asyncio.TimeoutError as exc:
-        raise RequestTimeout(f"after {UPLOAD_S} s") from exc
-    except (HTTPException, FormParserError) as exc:  # it is no form
-        raise InvalidRequest("form") from exc
-
-
-async def _parsed(request: Request) -> Form:
-    fields: dict[str, object] = {}
-    uploads: dict[str, bytes] = {}
-    async with request.form(
-        max_files=len(IMAGES), max_fields=len(TEXTS) + len(NUMBERS) + len(IMAGES), max_part_size=MAX_TEXT_BYTES
-    ) as form:
-        for name, part in form.multi_items():
-            if name in fields or name not in {*IMAGES, *NUMBERS, *TEXTS}:
-                raise InvalidRequest("unknown or twice", field=name if name.isidentifier() and len(name) < 64 else None)
-            if isinstance(part, UploadFile):
-                content = await _content(name, part)
-                fields[name] = upload_reference(content)
-                uploads[upload_reference(content)] = content
-            else:
-                fields[name] = part
-    return Form(fields, uploads)
-
-
-async def _content(name: str, part: UploadFile) -> bytes:
-    if name not in IMAGES:
-        raise InvalidRequest("a file in the place of a text", field=name)
-    if part.size is not None and part.size > MAX_BYTES:
-        raise ImageTooLarge(f"{part.size} bytes", field=name)
-    return await part.read()
-
-
 def request_of(form: Mapping[str, object]) -> TryOnRequest:
     """The request that the fields of a form make.
 
@@ -232,8 +171,8 @@ def request_of(form: Mapping[str, object]) -> TryOnRequest:
         InvalidRequest: with the field of the form that is at fault.
     """
     fields = {**DEFAULTS, **{name: value for name, value in form.items() if value != ""}}
-    for name, number in NUMBERS.items():
-        fields[name] = _number(name, fields[name], number)
+    for name in NUMBERS.keys() & fields.keys():
+        fields[name] = _number(name, fields[name], NUMBERS[name])
     return try_on_of(fields)
 
 
@@ -244,18 +183,3 @@ def _number(name: str, value: object, number: Callable[[str], float]) -> object:
         return number(value)
     except ValueError as exc:
         raise InvalidRequest("no number", field=name) from exc
-
-
-def _counted(receive: Receive, most: int) -> Receive:
-    """The same messages, until they hold more than `most` bytes."""
-    count = 0
-
-    async def counted() -> Message:
-        nonlocal count
-        message = await receive()
-        count += len(message.get("body", b""))
-        if count > most:
-            raise RequestTooLarge("counted")
-        return message
-
-    return counted

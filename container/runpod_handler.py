@@ -27,7 +27,8 @@ from typing import Callable
 import structlog
 
 from container.errors import InvalidRequest
-from container.request import CallContext, MaskRequest
+from container.form import NAMES, named_by_form
+from container.request import AnyRequest, CallContext, MaskRequest
 from container.runpod_job import (
     BASE64,
     MAX_RESULT_BYTES,
@@ -36,6 +37,7 @@ from container.runpod_job import (
     ResultTooLarge,
     failed,
     input_of,
+    is_form,
     items_of,
     parsed,
     pictured,
@@ -136,7 +138,12 @@ class Handler:
         return made
 
     def _made(self, asked: object, deadline: float, context: CallContext) -> Answer:
-        request, output, uploads = parsed(asked)
+        with named_by_form(NAMES if is_form(asked) else {}):
+            return self._made_of(*parsed(asked), deadline, context)
+
+    def _made_of(
+        self, request: AnyRequest, output: str, uploads: Mapping[str, bytes], deadline: float, context: CallContext
+    ) -> Answer:
         structlog.contextvars.bind_contextvars(user=self._app.pseudonyms.of(request.userId))
         context = replace(context, uploads=uploads)
         if output == BASE64:

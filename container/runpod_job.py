@@ -82,6 +82,11 @@ def items_of(asked: Mapping[str, object]) -> list[object]:
     return items
 
 
+def is_form(asked: object) -> bool:
+    """Whether an input names its pictures as forms do, and not as /invocations does."""
+    return isinstance(asked, dict) and any(name in asked for name in IMAGES)
+
+
 def parsed(asked: object) -> tuple[AnyRequest, str, dict[str, bytes]]:
     """The request in an input, where its result goes, and the files that came along, by reference.
 
@@ -90,8 +95,7 @@ def parsed(asked: object) -> tuple[AnyRequest, str, dict[str, bytes]]:
     """
     if not isinstance(asked, dict):
         raise InvalidRequest("an item is no object", field="items")
-    fields = dict(asked)
-    form = any(name in fields for name in IMAGES)
+    fields, form = dict(asked), is_form(asked)
     output = fields.pop("output", BASE64 if form else S3)
     if output not in OUTPUTS:
         raise InvalidRequest("neither base64 nor s3", field="output")

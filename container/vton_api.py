@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import json
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Callable, TypeVar
@@ -22,8 +21,8 @@ import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import TypeAdapter
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from container.errors import (
@@ -35,7 +34,6 @@ from container.errors import (
     MethodNotAllowed,
     NotFound,
     NotReady,
-    Outage,
     Refusal,
     RequestTimeout,
     RequestTooLarge,
@@ -43,13 +41,13 @@ from container.errors import (
     UnsupportedContentType,
 )
 from container.gate import Gate
+from container.openapi import describe_errors, describe_invocations
 from container.request import (
     AnyRequest,
     AnyResult,
     CallContext,
     MaskRequest,
     MaskResult,
-    TryOnRequest,
     TryOnResult,
     answer,
     parse,
@@ -60,10 +58,12 @@ from container.worker import Abandoned
 
 MAX_BODY_BYTES = 64 * 1024
 MAX_HEADERS = 100  # the platform sends about a dozen
+MAX_DISCARDED_BYTES = 8 * 1024 * 1024  # more than the platform hands on in real time
+MAX_TRANSFORMS = 100  # of 1 MB each; the platform refuses more
 BODY_TIMEOUT_S = 5.0
+LINGER_S = 1.5
 EFFECTS_S = 1.0  # after the deadline, for a picture that is being stored
 CALLER_LEFT = "caller_left"  # in the count of requests
-ERRORS = {400, 408, 409, 413, 415, 422, 429, 500, 502, 503, 504}  # statuses of /invocations
 INFERENCE_ID = "X-Amzn-SageMaker-Inference-Id"
 CUSTOM_ATTRIBUTES = "X-Amzn-SageMaker-Custom-Attributes"
 INFERENCE_ID_TEXT = re.compile(r"[\x20-\x7e]{1,64}")
@@ -71,6 +71,7 @@ CUSTOM_ATTRIBUTES_TEXT = re.compile(r"[\x20-\x7e]{1,1024}")
 
 log = structlog.get_logger()
 _Result = TypeVar("_Result")
+AnswerFailure = Callable[[TryOnError, str], Response]  # given the request's id
 
 
 def create_app(app: App, gate: Gate | None = None) -> FastAPI:
@@ -84,18 +85,18 @@ def create_app(app: App, gate: Gate | None = None) -> FastAPI:
     docs = {} if app.settings.docs else {"openapi_url": None, "docs_url": None, "redoc_url": None}
     api = FastAPI(title="vton", redirect_slashes=False, **docs)  # type: ignore[arg-type]
 
-    @api.get("/ping", response_class=Response, responses=_errors({503}))
+    @api.get("/ping", response_class=Response, responses=describe_errors({503}))
     async def ping() -> Response:
         return answer_error(error, _request_id(None)) if (error := not_serving(app)) else Response(status_code=200)
 
-    @api.post("/invocations", **(_description() if app.settings.docs else {}))
+    @api.post("/invocations", **(describe_invocations() if app.settings.docs else {}))
     async def invocations(request: Request) -> Response:
         return await answered(app, request, partial(_invoke, app, gate, request))
 
     @api.get("/execution-parameters")
     async def execution_parameters() -> dict[str, object]:
         return {
-            "MaxConcurrentTransforms": app.settings.max_in_flight,
+            "MaxConcurrentTransforms": min(app.settings.max_in_flight, MAX_TRANSFORMS),
             "BatchStrategy": "SINGLE_RECORD",
             "MaxPayloadInMB": 1,
         }
@@ -105,59 +106,12 @@ def create_app(app: App, gate: Gate | None = None) -> FastAPI:
         return Response(generate_latest(app.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @api.exception_handler(HTTPException)
-    async def unrouted(_request: Request, exc: HTTPException) -> Response:
-        return answer_error(MethodNotAllowed() if exc.status_code == 405 else NotFound(), _request_id(None))
+    async def unrouted(request: Request, exc: HTTPException) -> Response:
+        return answer_at(request.scope, MethodNotAllowed() if exc.status_code == 405 else NotFound())
 
+    api.state.answers = {}
     api.add_middleware(_HeaderCap)
     return api
-
-
-def _description() -> dict[str, Any]:
-    """What OpenAPI says of /invocations: its body is read by hand, so that FastAPI cannot know it."""
-    masks = _schema(MaskRequest)
-    masks["required"] = [*masks["required"], "task"]  # without it, the same fields are a try-on's
-    results = [_schema(TryOnResult), _schema(MaskResult)]
-    for result in results:
-        result["required"].remove("mask_cache")  # `answer` leaves it out where no photo was masked
-    return {
-        "responses": {200: {"content": _json({"oneOf": results})}, **_errors(ERRORS)},
-        "openapi_extra": {
-            "requestBody": {"required": True, "content": _json({"oneOf": [_schema(TryOnRequest), masks]})}
-        },
-    }
-
-
-def _errors(statuses: set[int]) -> dict[int | str, dict[str, Any]]:
-    """What OpenAPI says of the errors with these statuses."""
-    described: dict[int | str, dict[str, Any]] = {}
-    for status in sorted(statuses):
-        codes = [kind.code for kind in (*Refusal.__subclasses__(), *Outage.__subclasses__()) if kind.status == status]
-        texts = {name: {"type": "string"} for name in ("message", "request_id", "field", "object_key")}
-        error = {
-            "type": "object",
-            "properties": {
-                "code": {"enum": codes},
-                "retryable": {"type": "boolean"},
-                "retry_after_s": {"type": "integer", "minimum": 1},
-                **texts,
-            },
-            "required": ["code", "message", "retryable", "request_id"],
-            "additionalProperties": False,
-        }
-        body = {"type": "object", "properties": {"error": error}, "required": ["error"], "additionalProperties": False}
-        described[status] = {"description": ", ".join(codes), "content": _json(body)}
-    return described
-
-
-def _json(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"application/json": {"schema": schema}}
-
-
-def _schema(kind: type) -> dict[str, Any]:
-    """The JSON Schema of a type, whose patterns are ECMAScript's: it has neither \\A nor \\z."""
-    text = json.dumps(TypeAdapter(kind).json_schema())
-    schema: dict[str, Any] = json.loads(text.replace(r"\\A", "^").replace(r"\\z", "$"))
-    return schema
 
 
 class _HeaderCap:
@@ -169,23 +123,59 @@ class _HeaderCap:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app: ASGIApp = self._app
         if len(scope.get("headers", ())) > MAX_HEADERS:
-            app = answer_error(RequestTooLarge("headers"), _request_id(None))
+            app = answer_at(scope, RequestTooLarge("headers"))
         await app(scope, receive, send)
+
+
+def answer_at(scope: Scope, error: TryOnError) -> Response:
+    """The response to what reached no route, as the door answers to which its path belongs (`state.answers`)."""
+    doors: dict[str, AnswerFailure] = scope["app"].state.answers
+    answers = (answer for beginning, answer in doors.items() if scope["path"].startswith(beginning))
+    return next(answers, answer_error)(error, _request_id(None))
+
+
+class LingeringResponse(JSONResponse):
+    """The answer to a body that is too large, and then the rest of it, unread, for a while.
+
+    Most callers send all before they read: where the connection closed on them, they would not see the answer.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers at once; returns when the rest has come, or `MAX_DISCARDED_BYTES` of it, or after `LINGER_S`."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(_discard(receive), LINGER_S)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _discard(receive: Receive) -> None:
+    discarded, more = 0, True
+    while more and discarded <= MAX_DISCARDED_BYTES:
+        message = await receive()
+        discarded += len(message.get("body", b""))
+        more = message.get("more_body", False)
 
 
 def answer_error(error: TryOnError, request_id: str) -> JSONResponse:
     """The response to a failed request."""
+    return error_response(error, error.status, error.body(request_id))
+
+
+def error_response(error: TryOnError, status: int, told: Mapping[str, object]) -> JSONResponse:
+    """The response with this status and body, and the headers that go with the error."""
     headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
     if isinstance(error, (RequestTimeout, RequestTooLarge)):
         headers["Connection"] = "close"  # the rest of the body is not waited for
-    return JSONResponse(error.body(request_id), status_code=error.status, headers=headers)
+    kind = LingeringResponse if isinstance(error, RequestTooLarge) else JSONResponse
+    return kind(told, status_code=status, headers=headers)
 
 
 async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes:
     """The body, refused before it is read if it is announced too large, and while it is read if it is.
 
     Raises:
-        RequestTooLarge, RequestTimeout.
+        RequestTooLarge, RequestTimeout, ClientDisconnect.
     """
     announced = request.headers.get("content-length", "0")
     if announced.isdigit() and int(announced[:20]) > max_bytes:
@@ -209,7 +199,7 @@ async def answered(
     app: App,
     request: Request,
     handle: Callable[[str], Awaitable[Response]],
-    answer_failure: Callable[[TryOnError, str], Response] = answer_error,
+    answer_failure: AnswerFailure = answer_error,
 ) -> Response:
     """The response, well or not, and the one log line at the end of every request.
 
@@ -230,7 +220,7 @@ async def answered(
         level = log.info if isinstance(exc, Refusal) else log.warning
         level("request_failed", code=code, detail=str(exc), field=exc.field)
         return answer_failure(exc, request_id)
-    except Abandoned:
+    except (Abandoned, ClientDisconnect):
         code = CALLER_LEFT
         log.info("caller_left")
         return Response(status_code=499)  # nobody reads it
@@ -347,9 +337,9 @@ def _context(request: Request, request_id: str) -> CallContext:
     attributes = request.headers.get(CUSTOM_ATTRIBUTES)
     if inference_id is not None and not INFERENCE_ID_TEXT.fullmatch(inference_id):
         raise InvalidRequest("header", field=INFERENCE_ID)
-    if attributes is not None and not CUSTOM_ATTRIBUTES_TEXT.fullmatch(attributes):
+    if attributes and not CUSTOM_ATTRIBUTES_TEXT.fullmatch(attributes):
         raise InvalidRequest("header", field=CUSTOM_ATTRIBUTES)
-    return CallContext(request_id, inference_id, attributes)
+    return CallContext(request_id, inference_id, attributes or None)
 
 
 def _request_id(inference_id: str | None) -> str:

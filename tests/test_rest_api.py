@@ -22,6 +22,7 @@ from stand_in import (
     usual_request,
 )
 
+import container.multipart
 import container.rest_api
 from container.fetch import MAX_BYTES
 from container.server import doors
@@ -31,6 +32,7 @@ from model.interface import DeviceFailed, OutOfMemory
 
 KEYS = ("k" * 16, "l" * 20)
 FILES = usual_files()
+STAND_IN = StandInMasker()
 
 
 class Door:
@@ -50,9 +52,9 @@ class Door:
 
 
 @contextmanager
-def opened(tmp_path, **settings):
+def opened(tmp_path, masker=STAND_IN, **settings):
     engine, fetcher, notifier = StandInEngine(), FakeFetcher(), RecordingNotifier()
-    ports = {"engine": engine, "fetcher": fetcher, "notifier": notifier, "masker": StandInMasker()}
+    ports = {"engine": engine, "fetcher": fetcher, "notifier": notifier, "masker": masker}
     with running_app(tmp_path, **ports, rest=True, **settings) as app, http_server(doors(app)) as url:
         yield Door(url, app, engine, fetcher, notifier, tmp_path)
         assert app.admission.taken == 0
@@ -237,15 +239,138 @@ def test_a_form_that_is_announced_too_large_is_refused_unread(door):
     host, port = door.url.rpartition("/")[2].split(":")
     head = (
         f"POST /api/try-on HTTP/1.1\r\nHost: {host}\r\nContent-Type: multipart/form-data; boundary=b\r\n"
-        f"Content-Length: {container.rest_api.MAX_FORM_BYTES + 1}\r\n\r\n"
+        f"Content-Length: {container.multipart.MAX_FORM_BYTES + 1}\r\n\r\n"
     )
     with socket.create_connection((host, int(port)), timeout=5) as connection:
         connection.sendall(head.encode())
         assert b" 413 " in connection.recv(65536).splitlines()[0]
 
 
+def form_of(*parts, end=b"--B--\r\n"):
+    """A form of (name, content) or (whole headers, content), whose boundary is B."""
+    lines = [b"Content-Disposition: form-data; " + b"name=" + name if b":" not in name else name for name, _ in parts]
+    return b"".join(b"--B\r\n" + line + b"\r\n\r\n" + part[1] + b"\r\n" for line, part in zip(lines, parts)) + end
+
+
+def send(door, body, boundary="boundary=B"):
+    headers = {"Content-Type": f"multipart/form-data; {boundary}"}
+    return requests.post(f"{door.url}/api/try-on", data=body, headers=headers, timeout=20)
+
+
+PICTURES = tuple(
+    (b'Content-Disposition: form-data; name="%s"; filename="a"' % name, FILES[file])
+    for name, file in ((b"person_image", "person.png"), (b"cloth_image", "upper.png"))
+)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        form_of(*PICTURES, (b"seed", b"7"), end=b""),
+        form_of(*PICTURES, (b"seed", b"7"), end=b"--B"),
+        form_of(*PICTURES, (b"seed", b"7"))[:-12],
+        form_of(*PICTURES, (b'Content-Disposition: form-data; name="mask_image"; filename="m"', FILES["mask.png"]))[
+            :-90
+        ],
+    ],
+    ids=["no_end", "half_an_end", "half_a_field", "half_a_file"],
+)
+def test_a_form_that_breaks_off_makes_no_other_picture(door, body):
+    assert send(door, form_of(*PICTURES, (b"seed", b"7"))).headers["X-Seed"] == "7"
+    made = len(door.engine.made)
+    refused(send(door, body), 422, "invalid_request")
+    assert len(door.engine.made) == made
+
+
+@pytest.mark.parametrize(
+    ("body", "boundary"),
+    [
+        (form_of((b"Content-Disposition: form-data; name*=utf-8''a; name*0=b", b"")), "boundary=B"),
+        (form_of((b"Content-Disposition: form-data; name*" + b"1" * 5000 + b"=a", b"")), "boundary=B"),
+        (form_of(*PICTURES), "boundary=B; a*=utf-8''x; a*0=y"),
+        (form_of(*PICTURES), "boundary=B; charset=undefined"),
+        (form_of((b"Content-Disposition: form-data", b"")), "boundary=B"),
+    ],
+    ids=["name_in_pieces", "endless_piece", "header_in_pieces", "undefined_charset", "no_name"],
+)
+def test_what_the_form_parser_stumbles_over_is_refused(door, body, boundary):
+    refused(send(door, body, boundary), 422, "invalid_request")
+
+
+@pytest.mark.parametrize(
+    "headers", [b"a:b\r\n" * 9, b"a: " + b"b" * 5000 + b"\r\n", b":\r\n" * 9], ids=["9", "5 kB", "empty"]
+)
+def test_a_part_has_few_headers_and_short_ones(door, headers):
+    part = headers + PICTURES[0][0]
+    refused(send(door, form_of((part, FILES["person.png"]), PICTURES[1])), 422, "invalid_request")
+    assert send(door, form_of((b"a:b\r\n" + PICTURES[0][0], FILES["person.png"]), PICTURES[1])).status_code == 200
+
+
+def test_endless_headers_of_a_part_hold_up_nobody(door):
+    body = form_of((b"a:b\r\n" * 1_000_000 + PICTURES[0][0], b""))
+    with ThreadPoolExecutor(1) as pool:
+        began = time.monotonic()
+        asked = pool.submit(send, door, body)
+        assert door.health()[0] == 200
+        asked.exception(20)  # refused, or the connection closed on it
+        assert time.monotonic() - began < 5
+    assert door.ask().status_code == 200
+
+
+def test_a_caller_who_leaves_while_it_sends_is_no_failure_of_ours(door):
+    host, port = door.url.rpartition("/")[2].split(":")
+    for path, kind in (("/api/try-on", "multipart/form-data; boundary=B"), ("/invocations", "application/json")):
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: 5000\r\n\r\n"
+        with socket.create_connection((host, int(port)), timeout=5) as connection:
+            connection.sendall(head.encode() + b"--B\r\n")
+    counted, ends = "", time.monotonic() + 5
+    while 'code="caller_left"} 2.0' not in counted and time.monotonic() < ends:
+        counted = requests.get(f"{door.url}/metrics", timeout=5).text
+    assert 'vton_requests_total{code="caller_left"} 2.0' in counted
+    assert 'code="internal"' not in counted
+
+
+def test_the_quality_of_the_file_is_chosen(door):
+    small, large = (door.ask(data={"output_quality": quality}) for quality in (40, 95))
+    assert len(small.json()["imageBase64"]) < len(large.json()["imageBase64"])
+    assert large.headers["X-Job-Id"] == door.ask().headers["X-Job-Id"] != small.headers["X-Job-Id"]
+    assert refused(door.ask(data={"output_quality": "101"}), 422, "invalid_request").endswith("(output_quality)")
+
+
+def test_what_the_service_misses_has_the_name_of_the_form(tmp_path):
+    with opened(tmp_path, masker=None) as door:
+        assert refused(door.ask(), 422, "invalid_request").endswith("(mask_image)")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "status", "code"),
+    [
+        ("GET", "/api/try-on", {}, 405, "method_not_allowed"),
+        ("POST", "/api/try-on/", {}, 404, "not_found"),
+        ("POST", "/health", {}, 405, "method_not_allowed"),
+        ("POST", "/api/try-on", {f"X-{number}": "a" for number in range(101)}, 413, "request_too_large"),
+    ],
+)
+def test_below_its_paths_every_error_has_a_detail(door, method, path, headers, status, code):
+    refused(requests.request(method, door.url + path, headers=headers, timeout=5), status, code)
+
+
+def test_other_paths_keep_the_errors_of_the_sagemaker_door(door):
+    assert requests.get(f"{door.url}/nothing", timeout=5).json()["error"]["code"] == "not_found"
+
+
+def test_the_description_has_the_form_and_the_statuses(tmp_path):
+    with opened(tmp_path, docs=True) as door:
+        described = requests.get(f"{door.url}/openapi.json", timeout=5).json()["paths"]["/api/try-on"]["post"]
+        form = described["requestBody"]["content"]["multipart/form-data"]["schema"]
+        assert form["required"] == ["person_image", "cloth_image"]
+        images = {"person_image", "cloth_image", "lower_cloth_image", "mask_image"}
+        assert set(form["properties"]) == {*images, *container.rest_api.NUMBERS, *container.rest_api.TEXTS}
+        assert {"200", "413", "415", "422", "503", "504"} <= set(described["responses"])
+
+
 def test_a_form_that_does_not_come_is_408_and_gives_its_place_back(door, monkeypatch):
-    monkeypatch.setattr(container.rest_api, "UPLOAD_S", 0.2)
+    monkeypatch.setattr(container.multipart, "UPLOAD_S", 0.2)
     host, port = door.url.rpartition("/")[2].split(":")
     form = "Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 99"
     head = f"POST /api/try-on HTTP/1.1\r\nHost: x\r\n{form}\r\n\r\n"

@@ -234,6 +234,25 @@ def test_a_large_body_without_a_length_is_refused_while_it_is_read(door):
     assert door.raw(head + (b"4000\r\n" + b"x" * 0x4000 + b"\r\n") * 5).startswith(b"HTTP/1.1 413")
 
 
+def test_a_large_body_that_is_sent_before_the_answer_is_read_is_answered(door):
+    head = b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 6000000\r\n\r\n"
+    for _ in range(5):
+        assert door.raw(head + b" " * 6_000_000).startswith(b"HTTP/1.1 413")
+    assert door.ask().status_code == 200
+
+
+def test_no_more_than_some_of_a_large_body_is_read(door):
+    head = (
+        b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 90000000\r\n\r\n"
+    )
+    host, port = door.url.rpartition("/")[2].split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(head)
+        with pytest.raises(OSError):
+            for _ in range(90):
+                connection.sendall(b" " * 1_000_000)
+
+
 def test_h16_a_body_that_does_not_come_is_408_and_the_connection_closes(door, monkeypatch):
     monkeypatch.setattr("container.vton_api.BODY_TIMEOUT_S", 0.3)
     head = b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
