@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import io
 import os
@@ -40,7 +41,7 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
+NARROW, PHONE, DESK = {"width": 320, "height": 640}, {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 PATIENCE_MS = 60_000
 PICTURES = demo_pictures()
 PERSON, UPPER = png(PICTURES["person"]), png(PICTURES["upper"])
@@ -163,6 +164,14 @@ def job(page):
     return page.locator("#facts dd").last.inner_text()
 
 
+def example(url, cloth):
+    """The files of the first example, by their fields."""
+    tiles = {"person_image": "person", "cloth_image": cloth}
+    return {
+        field: requests.get(f"{url}page/examples/0/{tile}.png", timeout=10).content for field, tile in tiles.items()
+    }
+
+
 def asked(url, files, **fields):
     answer = requests.post(f"{url}api/try-on", files=files, data=fields, timeout=60)
     assert answer.status_code == 200, answer.text
@@ -197,13 +206,9 @@ def test_a_try_on_with_an_edited_mask_is_the_job_and_the_picture_of_the_rest_doo
     assert drawn.shape == PICTURES["person"].shape[:2]
     assert set(np.unique(drawn)) == {0, 255}
     assert drawn[102, 384] == 255 and drawn[460, 384] == 0
-    files = {"person_image": PERSON, "cloth_image": UPPER, "mask_image": mask}
-    example = {
-        name: requests.get(f"{served[0]}page/examples/0/{part}.png", timeout=10).content
-        for name, part in (("person_image", "person"), ("cloth_image", "upper"))
-    }
+    files = {**example(served[0], "upper"), "mask_image": mask}
     fields = {"num_inference_steps": 8, "guidance_scale": 1, "output_format": "png", "output_size": "model"}
-    assert asked(served[0], {**files, **example}, **fields) == (job(page), picture)
+    assert asked(served[0], files, **fields) == (job(page), picture)
     changed = (decode(picture) != PICTURES["person"]).any(axis=2)
     assert not changed[drawn == 0].any()
     assert changed[drawn == 255].mean() > 0.9
@@ -212,10 +217,7 @@ def test_a_try_on_with_an_edited_mask_is_the_job_and_the_picture_of_the_rest_doo
 def test_without_an_edit_the_service_makes_the_mask(page, served):
     use_example(page)
     run(page)
-    parts = {"person_image": "person", "cloth_image": "upper"}
-    files = {
-        name: requests.get(f"{served[0]}page/examples/0/{part}.png", timeout=10).content for name, part in parts.items()
-    }
+    files = example(served[0], "upper")
     assert asked(served[0], files, num_inference_steps=8, guidance_scale=1) == (job(page), saved(page, "#download"))
 
 
@@ -256,6 +258,38 @@ def test_the_command_names_files_as_a_shell_and_curl_take_them(page, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "result.jpg").read_bytes() == saved(page, "#download")
     assert {path.name for path in tmp_path.iterdir()} == {name, "-F.png", "result.jpg"}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("image.png", "image.png"), ("Photo.png", "photo.png"), ("result.jpg", "top.png"), ("top.png", "mask.png")],
+)
+def test_files_whose_names_would_be_one_have_two_in_the_command_and_in_the_code(page, tmp_path, names):
+    for part, content, name in zip(("person", "upper"), (PERSON, UPPER), names):
+        choose(page, part, content, name)
+    expect(page.locator("#mask-tag")).to_contain_text("Automatic")
+    paint(page, (0.3, 0.15), (0.7, 0.15))
+    page.get_by_label("Steps").fill("1")
+    run(page)
+    person, cloth = (f"{part}.{name.split('.')[1]}" for part, name in zip(("person", "cloth"), names))
+    for name, content in ((person, PERSON), (cloth, UPPER), ("mask.png", saved(page, "#save-mask"))):
+        (tmp_path / name).write_bytes(content)
+    command, code = (page.locator(f"#{name}-text").text_content() for name in ("curl", "boto3"))
+    note = f"# names repeat: copy what was chosen to {person} and {cloth} first\n"
+    assert note in command and note in code
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=environment(), capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "result.jpg").read_bytes() == saved(page, "#download")
+    files = next(
+        node.value
+        for node in ast.parse(code).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FILES"
+    )
+    assert ast.literal_eval(files) == {
+        "person_image_url": person,
+        "upper_cloth_url": cloth,
+        "mask_image_url": "mask.png",
+    }
 
 
 @pytest.mark.parametrize("outfit", ["lower", "two", "one"])
@@ -314,6 +348,27 @@ def test_progress_is_shown_and_a_run_can_be_cancelled(browser, tmp_path):
         run(page)
 
 
+def test_a_run_can_be_cancelled_while_its_pictures_are_sent(browser, served):
+    grain = np.random.default_rng(0).integers(0, 256, PICTURES["person"].shape, np.uint8)
+    with opened(browser, served[0], noise=["stream net::ERR_ABORTED"]) as page:
+        choose(page, "person", PERSON)
+        choose(page, "upper", png(grain))
+        expect(page.locator("#mask-tag")).to_contain_text("Automatic")
+        network = page.context.new_cdp_session(page)
+        slow = {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": 20_000}
+        network.send("Network.emulateNetworkConditions", slow)
+        page.get_by_role("button", name="Try it on").click()
+        expect(page.locator("#elapsed")).to_have_text(re.compile("^[1-9]"))
+        expect(page.locator("#progress-text")).to_have_text("Sending the pictures")
+        page.get_by_role("button", name="Cancel").click()
+        expect(page.locator("#announce")).to_have_text("Cancelled.")
+        expect(page.get_by_role("button", name="Try it on")).to_be_focused()
+        assert not [text for text in page.locator(".error").all_inner_texts() if text]
+        expect(page.locator("#retry")).to_be_hidden()
+        network.send("Network.emulateNetworkConditions", {**slow, "uploadThroughput": -1})
+        run(page)
+
+
 # --- the mask
 
 
@@ -346,6 +401,103 @@ def test_another_type_brings_its_own_mask_and_undo_brings_the_painted_one_back(p
     page.locator("#undo").click()
     expect(page.locator("#mask-tag")).to_contain_text("Edited")
     assert saved(page, "#save-mask") == painted
+
+
+def drawn(page):
+    """What is tinted, as the canvas has it: HW bool."""
+    pixels = page.locator("#mask-canvas").evaluate("canvas => canvas.toDataURL()")
+    return np.asarray(Pillow.open(io.BytesIO(base64.b64decode(pixels.partition(",")[2]))))[:, :, 3] >= 128
+
+
+def assert_tinted_is_repainted(page, url, kind, tag):
+    """The tag says what is tinted; a run sends that where it is edited, and else leaves the mask to the service."""
+    expect(page.locator("#mask-tag")).to_contain_text(tag)
+    tinted, files, fields = drawn(page), example(url, kind), {"cloth_type": kind}
+    page.get_by_label("Steps").fill("1")
+    run(page)
+    assert ("mask_image" in page.locator("#curl-text").text_content()) == (tag == "Edited")
+    if tag == "Edited":
+        files["mask_image"] = saved(page, "#save-mask")
+        assert np.array_equal(tinted, decode_mask(files["mask_image"]) == 255)
+    elif tag == "Automatic":
+        made = requests.post(f"{url}api/mask", files={"person_image": files["person_image"]}, data=fields, timeout=60)
+        assert np.array_equal(tinted, decode_mask(made.content) == 255)
+    else:
+        assert not tinted.any()
+        expect(page.locator("#save-mask")).to_be_disabled()
+    assert asked(url, files, num_inference_steps=1, guidance_scale=1, **fields) == (job(page), saved(page, "#download"))
+
+
+@contextmanager
+def failing_masks(page):
+    told = {"detail": "The server is busy.", "code": "overloaded", "retryable": True, "request_id": "1"}
+    page.route("**/api/mask", lambda route: route.fulfill(status=503, json=told))
+    yield
+    page.unroute("**/api/mask")
+
+
+def test_undo_past_a_change_of_type_shows_the_mask_of_the_type_that_is_chosen(page, served):
+    use_example(page)
+    paint(page, (0.1, 0.1), (0.9, 0.1))
+    page.get_by_label("Lower").check(force=True)
+    expect(page.locator("#mask-tag")).to_contain_text("Automatic")
+    automatic = drawn(page)
+    page.locator("#undo").click()
+    assert_tinted_is_repainted(page, served[0], "lower", "Edited")
+    page.locator("#undo").click()
+    assert_tinted_is_repainted(page, served[0], "lower", "Automatic")
+    assert np.array_equal(drawn(page), automatic)
+    expect(page.locator("#undo")).to_be_disabled()
+    expect(page.locator("#reset")).to_be_disabled()
+
+
+def test_nothing_is_tinted_while_the_mask_of_the_type_is_unknown(browser, served):
+    with opened(browser, served[0], noise=["status of 503"]) as page:
+        use_example(page)
+        with failing_masks(page):
+            page.get_by_label("Lower").check(force=True)
+            expect(page.locator("#error-mask_image")).to_contain_text("busy")
+            assert_tinted_is_repainted(page, served[0], "lower", "No mask yet")
+            page.get_by_label("Upper").check(force=True)
+            paint(page, (0.1, 0.1), (0.9, 0.1))
+            page.get_by_label("Lower").check(force=True)
+            expect(page.locator("#error-mask_image")).to_contain_text("busy")
+            assert_tinted_is_repainted(page, served[0], "lower", "Edited")
+            page.locator("#undo").click()
+            assert_tinted_is_repainted(page, served[0], "lower", "No mask yet")
+        page.get_by_role("button", name="Make the mask again").click()
+        assert_tinted_is_repainted(page, served[0], "lower", "Automatic")
+
+
+def test_a_stroke_too_old_to_be_undone_stays_an_edit(page, served):
+    use_example(page)
+    page.locator("#mask-canvas").focus()
+    for _ in range(20):
+        page.keyboard.press("ArrowDown")
+    for _ in range(101):
+        page.keyboard.press(" ")
+    for _ in range(100):
+        page.keyboard.press("Control+z")
+    expect(page.locator("#undo")).to_be_disabled()
+    assert_tinted_is_repainted(page, served[0], "upper", "Edited")
+    page.locator("#reset").click()
+    assert_tinted_is_repainted(page, served[0], "upper", "Automatic")
+
+
+def test_undo_takes_back_the_stroke_that_is_being_painted(page, served):
+    use_example(page)
+    automatic = drawn(page)
+    page.locator("#mask-canvas").focus()
+    page.keyboard.down(" ")
+    for _ in range(10):
+        page.keyboard.press("ArrowDown")
+    assert not np.array_equal(drawn(page), automatic)
+    expect(page.locator("#mask-tag")).to_contain_text("Edited")
+    page.keyboard.press("Control+z")
+    assert np.array_equal(drawn(page), automatic)
+    page.keyboard.up(" ")
+    assert_tinted_is_repainted(page, served[0], "upper", "Automatic")
+    expect(page.locator("#undo")).to_be_disabled()
 
 
 def test_a_finger_paints_on_a_phone(browser, served):
@@ -629,7 +781,17 @@ CONTRAST = """() => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("viewport", [DESK, PHONE], ids=["desk", "phone"])
+def test_what_is_chosen_is_told_from_the_rest_in_forced_colours(browser, served, scheme):
+    with opened(browser, served[0], forced_colors="active", color_scheme=scheme) as page:
+        page.get_by_label("Lower").check(force=True)
+        for name in ("backgroundColor", "color"):
+            look = f"[...document.querySelectorAll('#cloth-type span')].map((each) => getComputedStyle(each).{name})"
+            upper, lower, *others = page.evaluate(look)
+            assert {upper} == set(others) != {lower}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("viewport", [DESK, PHONE, NARROW], ids=["desk", "phone", "narrow"])
 def test_each_state_is_named_legible_and_fits(browser, served, tmp_path, scheme, viewport):
     with opened(browser, served[0], viewport=viewport, color_scheme=scheme, reduced_motion="reduce") as page:
 

@@ -11,10 +11,10 @@ export class MaskEditor {
   #canvas;
   #ring;
   #context;
-  #base = null; // the mask below what can be undone
-  #done = []; // what can be undone: strokes, "clear", and automatic masks by their type
-  #automatic = new Map();
-  #stroke = null;
+  #type = null; // of the cloth that is chosen
+  #automatic = new Map(); // by their types
+  #history = [{ automatic: true, layer: null }]; // strokes, and layers that replace all before; the first one stays
+  #stroke = null; // the last of them, while it is painted
   #cursor = { x: 0, y: 0 };
   #changed;
 
@@ -30,17 +30,16 @@ export class MaskEditor {
     this.#listen();
   }
 
-  /** Begins with an empty mask for a photo of that size. */
+  /** Begins anew for a photo of that size, none of whose automatic masks is known. */
   open(width, height) {
     const scale = Math.min(1, LONGEST_SIDE / Math.max(width, height));
     this.#canvas.width = Math.max(1, Math.round(width * scale));
     this.#canvas.height = Math.max(1, Math.round(height * scale));
-    this.#base = this.#layer();
-    this.#done = [];
+    this.#history = [{ automatic: true, layer: null }];
     this.#stroke = null;
     this.#automatic.clear();
     this.#cursor = { x: this.#canvas.width / 2, y: this.#canvas.height / 2 };
-    this.#draw();
+    this.#settle();
   }
 
   /** The pixels of the brush's diameter, on the photo as it is masked. */
@@ -49,41 +48,46 @@ export class MaskEditor {
   }
 
   get canUndo() {
-    return this.#done.length > 0;
+    return this.#history.length > 1;
   }
 
-  has(type) {
-    return this.#automatic.has(type);
+  /** Whether the automatic mask of the chosen type is known. */
+  get hasAutomatic() {
+    return this.#automatic.has(this.#type);
   }
 
-  /** Whether the mask is another than the automatic one of this type. */
-  isEdited(type) {
-    const last = this.#done.at(-1);
-    return last !== undefined && last.automatic !== type;
+  /** Whether the mask is the user's own; if not, it is the automatic one of the chosen type, empty while unknown. */
+  get isEdited() {
+    return !this.#history.at(-1).automatic;
   }
 
-  /** Remembers the automatic mask of a type, a grey picture. */
+  /** Takes the type of the cloth that is chosen, and its automatic mask, if it is known. */
+  chooseType(type) {
+    this.#type = type;
+    this.useAutomatic();
+  }
+
+  /** Takes the automatic mask of a type, a grey picture, and shows it if that type is chosen. */
   keepAutomatic(type, picture) {
     this.#automatic.set(type, this.#tinted(picture));
+    if (type === this.#type) this.useAutomatic();
   }
 
-  /** Lays an automatic mask in, which can be undone where something was painted before. */
-  useAutomatic(type) {
-    if (this.#done.length === 0) {
-      this.#base = this.#automatic.get(type);
-      this.#draw();
-    } else if (this.isEdited(type)) {
-      this.#do({ automatic: type });
-    }
+  /** Lays the automatic mask in, which can be undone where something was painted before. */
+  useAutomatic() {
+    if (this.isEdited && this.hasAutomatic) this.#add({ automatic: true });
+    this.#settle();
   }
 
   clear() {
-    this.#do({ clear: true });
+    this.#add({ layer: null });
+    this.#settle();
   }
 
   undo() {
     this.#stroke = null;
-    if (this.#done.pop()) this.#draw();
+    if (this.canUndo) this.#history.pop();
+    this.#settle();
   }
 
   /** The part of the photo that is repainted, 0 to 1. */
@@ -145,33 +149,32 @@ export class MaskEditor {
     return layer;
   }
 
-  #do(change) {
-    this.#done.push(change);
-    if (this.#done.length > UNDOABLE) {
-      const layer = this.#layer();
-      const context = layer.getContext("2d");
-      context.drawImage(this.#base, 0, 0);
-      this.#apply(context, this.#done.shift());
-      this.#base = layer;
-      }
-    this.#draw();
+  #add(change) {
+    this.#stroke = null;
+    this.#history.push(change);
+    if (this.#history.length <= 1 + UNDOABLE) return;
+    const layer = this.#layer();
+    const oldest = this.#history.splice(0, 2);
+    for (const each of oldest) this.#apply(layer.getContext("2d"), each);
+    this.#history.unshift({ automatic: oldest[1].automatic, layer });
   }
 
-  #draw() {
-    this.#context.globalCompositeOperation = "copy";
-    this.#context.drawImage(this.#base, 0, 0);
-    for (const change of this.#done) this.#apply(this.#context, change);
+  /** Draws the mask; an automatic one that nothing lies on is that of the type that is chosen now. */
+  #settle() {
+    const last = this.#history.at(-1);
+    if (last.automatic) last.layer = this.#automatic.get(this.#type) ?? null;
+    for (const change of this.#history) this.#apply(this.#context, change);
     this.#changed();
   }
 
   #apply(context, change) {
-    context.globalCompositeOperation = "source-over";
     if (change.points) {
       change.points.forEach((_, place) => this.#applySegment(context, change, place));
       return;
     }
+    context.globalCompositeOperation = "source-over";
     context.clearRect(0, 0, this.#canvas.width, this.#canvas.height);
-    if (change.automatic) context.drawImage(this.#automatic.get(change.automatic), 0, 0);
+    if (change.layer) context.drawImage(change.layer, 0, 0);
   }
 
   /** One piece of a stroke, up to the point at that place: what is redrawn is what was drawn. */
@@ -189,8 +192,11 @@ export class MaskEditor {
   }
 
   #beginStroke() {
-    this.#stroke = { points: [], width: this.brushPixels, erasing: this.erasing };
-    this.#extendStroke();
+    const stroke = { points: [{ ...this.#cursor }], width: this.brushPixels, erasing: this.erasing };
+    this.#add(stroke);
+    this.#stroke = stroke;
+    this.#apply(this.#context, stroke);
+    this.#changed();
   }
 
   #extendStroke() {
@@ -199,9 +205,9 @@ export class MaskEditor {
   }
 
   #endStroke() {
-    const stroke = this.#stroke;
+    if (!this.#stroke) return;
     this.#stroke = null;
-    if (stroke) this.#do(stroke);
+    this.#changed();
   }
 
   #moveTo(x, y) {
@@ -258,9 +264,7 @@ export class MaskEditor {
 
   /** A second finger makes a gesture of what looked like a stroke. */
   #dropStroke() {
-    if (!this.#stroke) return;
-    this.#stroke = null;
-    this.#draw();
+    if (this.#stroke) this.undo();
   }
 
   #onKeyDown(event) {

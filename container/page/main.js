@@ -72,8 +72,8 @@ function fields() {
 async function form() {
   const sent = new FormData();
   for (const { field, file, name } of chosenFiles()) sent.append(field, file, name);
-  if (editor.isEdited(clothType())) sent.append("mask_image", await editor.file(), "mask.png");
   for (const [name, value] of Object.entries(fields())) sent.append(name, value);
+  if (editor.isEdited) sent.append("mask_image", await editor.file(), "mask.png");
   return sent;
 }
 
@@ -102,7 +102,7 @@ function placeOf(error) {
   if (OF_THE_PHOTO.includes(error.code)) return "mask_image";
   if (error.status === 401 || error.status === 403) return "api-key";
   if (!error.code.startsWith("image_")) return "run";
-  return editor.has(clothType()) && garments().length === 1 ? garments()[0] : "pictures"; // a masked photo is well
+  return editor.hasAutomatic && garments().length === 1 ? garments()[0] : "pictures"; // a masked photo is well
 }
 
 function tell(error, place = placeOf(error)) {
@@ -136,7 +136,7 @@ function onType() {
   find("cloth-type-hint").textContent = clothTypeInput().dataset.hint;
   find("outfit").hidden = kind !== "overall";
   onOutfit();
-  if (editor.has(kind)) editor.useAutomatic(kind);
+  editor.chooseType(kind);
   makeMask();
 }
 
@@ -158,9 +158,8 @@ function openPhoto(photo) {
   state.masking = new AbortController();
   state.pending = new Set();
   state.photo = photo;
-  find("editor").hidden = photo === null;
+  find("editor").hidden = find("mask-tag").hidden = photo === null;
   find("mask-empty").hidden = photo !== null;
-  find("mask-tag").textContent = "";
   if (photo === null) return;
   find("mask-photo").src = photo.shown;
   showCrop(photo.width / photo.height);
@@ -183,7 +182,7 @@ async function makeMask() {
   const { photo, pending } = state;
   find("mask-again").hidden = true;
   showVeil();
-  if (photo === null || state.health !== "healthy" || editor.has(kind) || pending.has(kind)) return;
+  if (photo === null || state.health !== "healthy" || editor.hasAutomatic || pending.has(kind)) return;
   setError("mask_image", "");
   setError("api-key", "");
   pending.add(kind);
@@ -193,9 +192,7 @@ async function makeMask() {
     asked.append("person_image", photo.file, photo.name);
     asked.append("cloth_type", kind);
     const made = await createImageBitmap(await readMask(asked, find("api-key").value, state.masking.signal));
-    if (photo !== state.photo) return;
-    editor.keepAutomatic(kind, made);
-    if (kind === clothType()) editor.useAutomatic(kind);
+    if (photo === state.photo) editor.keepAutomatic(kind, made);
   } catch (error) {
     if (photo === state.photo && kind === clothType()) onMaskFailed(error);
   } finally {
@@ -205,9 +202,8 @@ async function makeMask() {
 }
 
 function showVeil() {
-  const kind = clothType();
-  const waits = state.health !== "healthy" && !editor.has(kind);
-  find("mask-wait").hidden = !(waits || state.pending.has(kind));
+  const waits = state.health !== "healthy" && !editor.hasAutomatic;
+  find("mask-wait").hidden = !(waits || state.pending.has(clothType()));
   find("mask-wait-text").textContent = waits ? "The mask comes when the service is ready" : "Masking the photo";
 }
 
@@ -222,17 +218,17 @@ function onMaskFailed(error) {
 }
 
 function onMask() {
-  const kind = clothType();
-  const edited = editor.isEdited(kind);
-  find("undo").disabled = !editor.canUndo;
-  find("reset").disabled = !editor.has(kind) || !edited;
+  const { canUndo, hasAutomatic, isEdited } = editor;
+  find("undo").disabled = !canUndo;
+  find("reset").disabled = !hasAutomatic || !isEdited;
+  find("save-mask").disabled = !hasAutomatic && !isEdited;
   document.querySelector(`[name=tool][value=${editor.erasing ? "erase" : "paint"}]`).checked = true;
   find("brush").value = Math.round(100 * editor.brush);
   find("brush-size").textContent = `${editor.brushPixels} px`;
   find("brush").setAttribute("aria-valuetext", `${editor.brushPixels} pixels`);
   editor.showRing();
-  const source = edited ? "Edited" : editor.has(kind) ? "Automatic" : null;
-  find("mask-tag").textContent = source ? `${source}, ${Math.round(100 * editor.coverage())} % of the photo` : "";
+  const told = `${isEdited ? "Edited" : "Automatic"}, ${Math.round(100 * editor.coverage())} % of the photo`;
+  find("mask-tag").textContent = isEdited || hasAutomatic ? told : "No mask yet";
   showRequest();
 }
 
@@ -313,7 +309,7 @@ function showRequest() {
   find("curl").hidden = find("boto3").hidden = !complete;
   if (!complete) return;
   const files = chosenFiles();
-  if (editor.isEdited(clothType())) files.push({ field: "mask_image", name: "mask.png" });
+  if (editor.isEdited) files.push({ field: "mask_image", name: "mask.png" });
   const request = { files, fields: fields(), key: !find("key-field").hidden };
   find("curl-text").textContent = curlText(request, location.origin);
   find("boto3-text").textContent = boto3Text(request);
@@ -384,7 +380,7 @@ for (const name of OPTIONS) {
 for (const button of document.querySelectorAll("[data-copy]")) button.addEventListener("click", () => copy(button));
 find("undo").addEventListener("click", () => editor.undo());
 find("clear").addEventListener("click", () => editor.clear());
-find("reset").addEventListener("click", () => editor.useAutomatic(clothType()));
+find("reset").addEventListener("click", () => editor.useAutomatic());
 find("save-mask").addEventListener("click", saveMask);
 find("mask-again").addEventListener("click", makeMask);
 find("api-key").addEventListener("change", makeMask);

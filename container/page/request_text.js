@@ -15,23 +15,23 @@ export function resultName(format) {
  * @param request {files: [{field, name, url}], fields: {name: value}, key: boolean}; a file with a url is fetched there.
  */
 export function curlText(request, origin) {
-  const lines = request.files
+  const { files, notes } = namedFiles(request);
+  const lines = files
     .filter((file) => file.url)
     .map((file) => `curl --fail --silent --show-error --remote-name ${quoted(origin + file.url)}\n`);
-  if (request.files.some((file) => file.field === "mask_image")) lines.push("# mask.png is what “Download mask” saves\n");
   const parts = [`curl --fail --silent --show-error ${quoted(`${origin}/api/try-on`)}`];
   if (request.key) parts.push(`-H "X-API-Key: $VTON_API_KEY"`);
-  for (const file of request.files) parts.push(`-F ${quoted(`${file.field}=@${formName(file.name)}`)}`);
+  for (const file of files) parts.push(`-F ${quoted(`${file.field}=@${formName(file.name)}`)}`);
   for (const [name, value] of Object.entries(request.fields)) parts.push(`-F ${quoted(`${name}=${value}`)}`);
   parts.push(`| ${UNPACK} > ${resultName(request.fields.output_format)}`);
-  return `${lines.join("")}${parts.join(" \\\n  ")}\n`;
+  return `${lines.join("")}${notes}${parts.join(" \\\n  ")}\n`;
 }
 
 /** Python that asks a deployed endpoint for the same picture; the endpoint fetches the files from its bucket. */
 export function boto3Text(request) {
   const { cloth_type, num_inference_steps, guidance_scale, seed, output_size, output_format, quality } = request.fields;
-  const files = request.files.map((file) => `    ${python(urlField(file.field, request))}: ${python(file.name)},`);
-  const mask = request.files.some((file) => file.field === "mask_image");
+  const { files, notes } = namedFiles(request);
+  const paths = files.map((file) => `    ${python(urlField(file.field, request))}: ${python(file.name)},`);
   return `import json
 import time
 
@@ -40,8 +40,8 @@ from botocore.config import Config
 
 BUCKET, ENDPOINT = "your-bucket", "vton"  # of your deployment
 USER, TIMESTAMP = "page", time.strftime("%y%m%d-%H%M%S")
-FILES = {${mask ? "  # mask.png is what “Download mask” saves" : ""}
-${files.join("\n")}
+${notes}FILES = {
+${paths.join("\n")}
 }
 
 request = {
@@ -69,6 +69,32 @@ answer = json.loads(response["Body"].read())
 s3.download_file(BUCKET, answer["object_key"], ${python(resultName(output_format))})
 print(answer["object_key"], answer["seed"])
 `;
+}
+
+/**
+ * The files as the texts name them, and comments on that. Where two names would be one, also that of the result or one
+ * that differs in case alone, the chosen files are named after their fields.
+ */
+function namedFiles(request) {
+  const notes = [];
+  let { files } = request;
+  const names = [...files.map((file) => file.name), resultName(request.fields.output_format)];
+  if (new Set(names.map((name) => name.toLowerCase())).size < names.length) {
+    files = files.map((file) => (isChosen(file) ? { ...file, name: fieldName(file) } : file));
+    const told = files.filter(isChosen).map((file) => file.name);
+    notes.push(`# names repeat: copy what was chosen to ${told.join(" and ")} first\n`);
+  }
+  if (files.some((file) => file.field === "mask_image")) notes.push("# mask.png is what “Download mask” saves\n");
+  return { files, notes: notes.join("") };
+}
+
+/** Whether a file has its name from the user, not from this page. */
+function isChosen(file) {
+  return !file.url && file.field !== "mask_image";
+}
+
+function fieldName({ field, name }) {
+  return field.replace("_image", "") + (/\.\w+$/.exec(name)?.[0] ?? "");
 }
 
 /** The name that /invocations has for a picture of the form. */
