@@ -18,12 +18,13 @@ import click
 import numpy as np
 from PIL import Image as Pillow
 
-from container.errors import ImageNotDecodable, ImageNotFound, ImageTooLarge, TryOnError
-from container.fetch import MAX_BYTES, Fetcher
+from container.cli_files import FilesAndUrls, OutputRefused, try_folder, try_outputs, write_output
+from container.errors import TryOnError
 from container.get_vton import Pictures, prepare
 from container.images import FILE_OF, decode_mask
 from container.page_cli import serve_page
 from container.request import (
+    CLOTH_TYPES,
     CallContext,
     MaskResult,
     TryOnRequest,
@@ -44,6 +45,7 @@ from model.interface import Image
 _Result = TypeVar("_Result", TryOnResult, MaskResult)
 
 OUTPUT_DIR = Path("vton_output")
+SHEET = "sheet"  # beside the masks
 EXIT_SETTINGS = 78  # sysexits: configuration
 EXIT_OUTPUT = 73  # sysexits: cannot create the output
 EXIT_RETRY = 75  # sysexits: temporary failure
@@ -68,30 +70,6 @@ STOP_LIMIT_S = 1.0
 POLL_S = 0.1
 
 
-class PathsAndUrls:
-    """Images from paths, and from URLs as the service fetches them. Remembers what it read.
-
-    Args:
-        urls: fetches what looks like a URL.
-    """
-
-    def __init__(self, urls: Fetcher) -> None:
-        self._urls = urls
-        self.seen: dict[str, bytes] = {}
-
-    def fetch(self, ref: str, *, user_id: str, deadline: float) -> bytes:
-        """The bytes behind a path or URL.
-
-        Raises:
-            ImageNotFound, ImageNotDecodable, ImageTooLarge, and what the service's fetcher raises.
-        """
-        if "://" in ref:
-            self.seen[ref] = self._urls.fetch(ref, user_id=user_id, deadline=deadline)
-        else:
-            self.seen[ref] = _read(Path(ref))
-        return self.seen[ref]
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="vton-endpoint")
 def main() -> None:
@@ -112,25 +90,27 @@ def main() -> None:
 @click.option("--output-size", default="model", show_default=True, help="model (768x1024) or person.")
 @click.option("--quality", help="exact, balanced or fast: what is traded for speed.")
 @click.option("--format", "output_format", default="jpeg", show_default=True, help="jpeg, png or webp.")
+@click.option("--output-quality", type=int, default=95, show_default=True, help="Of a jpeg or webp, 1-100.")
 @click.option("--user-id", default="local", show_default=True, help="userId of the request.")
 @click.option("--timestamp", help="timestamp of the request; by default now.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="File; by default one in ./vton_output.")
-@click.option("--force", is_flag=True, help="Overwrite the output.")
+@click.option("--force", is_flag=True, help="Overwrite the output, and the strip.")
 @click.option("--side-by-side", is_flag=True, help="Also write the strip person | masked | garment | result.")
 def run(output: Path | None, force: bool, side_by_side: bool, timestamp: str | None, **options: object) -> None:
     """Dress a person. Settings come from VTON_ variables, as for the endpoint."""
     timestamp = timestamp or datetime.now().astimezone().strftime("%y%m%d-%H%M%S")
-    with _local_service() as (app, fetcher, kept):
-        request = _request(timestamp, **options)
+    with _local_service() as (app, images, kept):
+        request = images.with_references(_request(timestamp, **options))
         suffix, _ = FILE_OF[request.output_format]
         output = output or OUTPUT_DIR / f"result-{timestamp}.{suffix}"
-        _refuse_to_overwrite(output, force)
+        strip = output.parent / f"{output.stem}-side-by-side.png"
+        try_outputs([output, strip] if side_by_side else [output], force=force)
         result = _run(app, lambda deadline, context: app.service.run(request, deadline, context))
-        _write(output, (kept / result.object_key).read_bytes())
+        content = (kept / result.object_key).read_bytes()
+        write_output(output, content, force=force)
         click.echo(json.dumps({**answer(result), "path": str(output)}, indent=2))
         if side_by_side:
-            strip = output.with_name(f"{output.stem}-side-by-side.png")
-            _write_strip(strip, app, fetcher, request, output)
+            write_output(strip, _png(_strip(app, images, request, content)), force=force)
             click.echo(f"side by side: {strip}", err=True)
 
 
@@ -141,21 +121,19 @@ def run(output: Path | None, force: bool, side_by_side: bool, timestamp: str | N
 def mask(photo: str, output: Path | None, force: bool) -> None:
     """Write the five masks of a PHOTO (a path or URL), and a sheet that shows them on it."""
     output = output or OUTPUT_DIR / f"masks-{Path(photo.partition('?')[0]).stem}"
-    if output.exists() and not (force and output.is_dir()):
-        _end(EXIT_OUTPUT, f"{output} exists; --force writes into a folder")
-    with _local_service() as (app, fetcher, kept):
+    paths = {name: output / f"{name}.png" for name in (*CLOTH_TYPES, SHEET)}
+    with _local_service() as (app, images, kept):
         request = parse_masks({"userId": "local", "timestamp": "masks", "person_image_url": photo})
+        request = request.model_copy(update={"person_image_url": images.reference(photo)})
+        try_folder(output, paths.values(), force=force)
         result = _run(app, lambda deadline, context: app.masks.run(request, deadline, context))
         masks = {name: (kept / key).read_bytes() for name, key in result.object_keys.items()}
-        person = app.decoder.decode(fetcher.seen[photo], time.monotonic() + LOAD_LIMIT_S)
-    for name, content in masks.items():
-        _write(output / f"{name}.png", content)
-    shown = [geometry.tinted(person, decode_mask(content)) for content in masks.values()]
-    _save(output / "sheet.png", geometry.side_by_side([person, *shown]))
-    told = {name: str(output / f"{name}.png") for name in masks}
-    click.echo(
-        json.dumps({"masks": told, "sheet": str(output / "sheet.png"), "timings_ms": result.timings_ms}, indent=2)
-    )
+        person = app.decoder.decode(images.seen[request.person_image_url], time.monotonic() + LOAD_LIMIT_S)
+        shown = [geometry.tinted(person, decode_mask(content)) for content in masks.values()]
+        for name, content in {**masks, SHEET: _png(geometry.side_by_side([person, *shown]))}.items():
+            write_output(paths[name], content, force=force)
+    told = {name: str(paths[name]) for name in masks}
+    click.echo(json.dumps({"masks": told, "sheet": str(paths[SHEET]), "timings_ms": result.timings_ms}, indent=2))
 
 
 @main.command()
@@ -203,26 +181,28 @@ def _request(timestamp: str, **options: object) -> TryOnRequest:
         "userId": options["user_id"],
         "timestamp": timestamp,
     }
-    same_name = ("cloth_type", "seed", "composite", "output_size", "output_format", "quality")
+    same_name = ("cloth_type", "seed", "composite", "output_size", "output_format", "output_quality", "quality")
     return parse_try_on({**fields, **{name: options[name] for name in same_name}})
 
 
 @contextmanager
-def _local_service() -> Iterator[tuple[App, PathsAndUrls, Path]]:
+def _local_service() -> Iterator[tuple[App, FilesAndUrls, Path]]:
     """A service whose results lie in a folder that goes with the block; its errors end the command."""
     try:
         with tempfile.TemporaryDirectory() as kept:
             settings = Settings.from_env(os.environ).model_copy(update={"bucket": None, "output_dir": Path(kept)})
             configure_logging("WARNING")
-            fetcher = PathsAndUrls(https_fetcher(settings))
-            app = build(settings, fetcher=fetcher, progress=sys.stderr.isatty())
+            images = FilesAndUrls(https_fetcher(settings))
+            app = build(settings, fetcher=images, progress=sys.stderr.isatty())
             try:
-                yield app, fetcher, Path(kept)
+                yield app, images, Path(kept)
             finally:
                 app.stop(STOP_LIMIT_S)
     except TryOnError as exc:
         code = EXIT_OF_CODE.get(exc.code, EXIT_RETRY)
         _end(code, f"{exc.code}: {exc.public}" + (f" ({exc.field})" if exc.field else ""))
+    except OutputRefused as exc:
+        _end(EXIT_OUTPUT, str(exc))
     except (SettingsError, weights.WeightsError) as exc:
         _end(EXIT_SETTINGS, str(exc))
 
@@ -238,47 +218,23 @@ def _run(app: App, work: Callable[[float, CallContext], _Result]) -> _Result:
     return work(deadline, CallContext(request_id="local"))
 
 
-def _read(path: Path) -> bytes:
-    try:
-        if path.is_dir():
-            raise ImageNotDecodable(f"{path} is a directory")
-        if path.stat().st_size > MAX_BYTES:
-            raise ImageTooLarge(str(path))
-        return path.read_bytes()
-    except OSError as exc:
-        raise ImageNotFound(str(path)) from exc
-
-
-def _refuse_to_overwrite(output: Path, force: bool) -> None:
-    if output.is_dir() or (output.exists() and not force):
-        _end(EXIT_OUTPUT, f"{output} exists; --force overwrites a file")
-
-
-def _write(path: Path, content: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    except OSError as exc:
-        _end(EXIT_OUTPUT, f"{path} cannot be written: {exc.strerror}")
-
-
-def _write_strip(path: Path, app: App, fetcher: PathsAndUrls, request: TryOnRequest, result: Path) -> None:
-    photo, deadline = fetcher.seen[request.person_image_url], time.monotonic() + LOAD_LIMIT_S
+def _strip(app: App, images: FilesAndUrls, request: TryOnRequest, result: bytes) -> Image:
+    photo, deadline = images.seen[request.person_image_url], time.monotonic() + LOAD_LIMIT_S
     person = app.decoder.decode(photo, deadline)
-    garments = [app.decoder.decode(fetcher.seen[url], deadline) for url in request.garment_urls()]
+    garments = [app.decoder.decode(images.seen[url], deadline) for url in request.garment_urls()]
     if request.mask_image_url is not None:
-        drawn = app.decoder.decode_mask(fetcher.seen[request.mask_image_url], deadline)
+        drawn = app.decoder.decode_mask(images.seen[request.mask_image_url], deadline)
     else:  # remembered
         drawn = app.masker.masks(photo, person, deadline, StageTimes()).masks[request.cloth_type]
     inputs = prepare(Pictures(person, garments, drawn), "clean", app.settings.width, app.settings.height)
     shown = [inputs.person, geometry.masked_person(inputs.person, inputs.mask), inputs.garment]
-    _save(path, geometry.side_by_side([*shown, np.asarray(Pillow.open(result).convert("RGB"))]))
+    return geometry.side_by_side([*shown, np.asarray(Pillow.open(io.BytesIO(result)).convert("RGB"))])
 
 
-def _save(path: Path, picture: Image) -> None:
+def _png(picture: Image) -> bytes:
     file = io.BytesIO()
     Pillow.fromarray(picture).save(file, "PNG")
-    _write(path, file.getvalue())
+    return file.getvalue()
 
 
 def _end(status: int, sentence: str) -> NoReturn:

@@ -49,6 +49,7 @@ LEVEL_OF = {
     "container.serve_cli": 13,
     "container.page_cli": 13,
     "container.training_job": 10,
+    "container.cli_files": 3,
     "container.cli": 14,
     "deploy": 10,
 }

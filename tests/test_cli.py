@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import base64
 import json
 import logging
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from stand_in import box_mask, noise, png, usual_files
 
 from container.cli import EXIT_OF_CODE, EXIT_OUTPUT, EXIT_RETRY, EXIT_SETTINGS, main
 from container.errors import Outage, Refusal
+from container.form import try_on_of, with_uploads
 from container.request import CLOTH_TYPES
 from model import geometry, load_masker, weights
 from model.embedded import demo_pictures
@@ -25,6 +28,8 @@ from model.interface import MaskerOptions
 from model.maskers.published import LIP, PUBLISHED, twin_of
 
 REST_DOOR_ONLY = {"unauthorized", "forbidden", "not_found", "method_not_allowed", "job_conflict"}
+FORM = {"person_image": "person", "cloth_image": "upper", "lower_cloth_image": "lower", "mask_image": "mask"}
+NO_MODEL = {"VTON_WEIGHTS": "/nowhere"}  # with which no picture is begun
 HTTP_ONLY = {"invalid_json", "request_too_large", "unsupported_content_type", "request_timeout"}
 
 
@@ -100,11 +105,64 @@ def test_the_output_is_not_overwritten_without_force(run, pictures):
     assert output.read_bytes() != b"mine"
 
 
-def test_an_output_that_cannot_be_written_is_one_line(run, pictures):
-    (pictures / "file").write_bytes(b"")
-    result = run(*arguments(pictures, f"--output={pictures / 'file' / 'x.jpg'}"))
+def test_the_strip_is_not_overwritten_without_force(run, pictures):
+    output, strip = pictures / "new.jpg", pictures / "new-side-by-side.png"
+    strip.write_bytes(b"mine")
+    result = run(*arguments(pictures, f"--output={output}", "--side-by-side"), **NO_MODEL)
+    assert result.exit_code == EXIT_OUTPUT
+    assert str(strip) in only_line(result)
+    assert strip.read_bytes() == b"mine"
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["-o", "person.png/x.jpg"],
+        ["-o", "x" * 300],
+        ["-o", "/proc/x.jpg"],  # where not even root can make one
+        ["-o", "."],
+        ["-o", "x" * 240, "--side-by-side"],
+    ],
+)
+def test_an_output_that_cannot_be_written_is_one_line_before_the_picture(run, pictures, monkeypatch, options):
+    monkeypatch.chdir(pictures)
+    result = run(*arguments(pictures, *options), **NO_MODEL)
     assert result.exit_code == EXIT_OUTPUT
     only_line(result)
+
+
+def test_an_output_that_is_taken_meanwhile_is_one_line(run, pictures, monkeypatch):
+    monkeypatch.setattr("container.cli.try_outputs", lambda paths, force: None)
+    output = pictures / "there.jpg"
+    output.write_bytes(b"mine")
+    result = run(*arguments(pictures, f"--output={output}"))
+    assert result.exit_code == EXIT_OUTPUT
+    assert "cannot be written" in only_line(result)
+    assert output.read_bytes() == b"mine"
+
+
+def test_files_make_the_job_and_the_picture_that_they_make_at_the_other_doors(run, pictures, monkeypatch):
+    monkeypatch.chdir(pictures)
+    numbers = {"num_inference_steps": 1, "guidance_scale": 1.5, "output_quality": 10}
+    encoded = {name: base64.b64encode(Path(f"{role}.png").read_bytes()).decode() for name, role in FORM.items()}
+    fields, _ = with_uploads({**encoded, **numbers, "cloth_type": "overall", "userId": "7", "timestamp": "t1"})
+    paths = ["--person=./person.png", "--upper=upper.png", f"--lower={pictures / 'lower.png'}", "--mask=mask.png"]
+    named = ["--steps=1", "--guidance=1.5", "--output-quality=10", "--user-id=7", "--timestamp=t1", "-o", "o.jpg"]
+    result = run("run", *paths, *named)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["job_id"] == try_on_of(fields).with_defaults(steps=1, guidance=1.5).job_id()
+    with Pillow.open("o.jpg") as picture:
+        assert picture.quantization[0][0] == 80  # 16 by the standard's table, five times as coarse at 10
+
+
+def test_a_pipe_that_nobody_writes_ends_the_command(run, pictures, monkeypatch):
+    monkeypatch.setattr("container.cli_files.PIPE_S", 0.1)
+    os.mkfifo(pictures / "pipe")
+    for command in (arguments(pictures, f"--person={pictures / 'pipe'}"), ["mask", str(pictures / "pipe")]):
+        result = run(*command, **NO_MODEL)
+        assert result.exit_code == EXIT_RETRY
+        assert only_line(result).startswith("image_source_timeout")
 
 
 @pytest.mark.parametrize(
@@ -112,10 +170,12 @@ def test_an_output_that_cannot_be_written_is_one_line(run, pictures):
     [
         ("--person=gone.jpg", 66, "image_not_found"),
         ("--person=.", 65, "image_not_decodable"),
+        ("--person=/dev/zero", 65, "image_not_decodable"),
         ("--person=https://127.0.0.1/x.jpg", 77, "url_not_permitted"),
         ("--person=file:///etc/hostname", 77, "url_not_permitted"),
         ("--cloth-type=hat", 64, "invalid_request"),
         ("--steps=0", 64, "invalid_request"),
+        ("--output-quality=0", 64, "invalid_request"),
     ],
 )
 def test_what_is_refused_has_its_exit_code_and_one_line(run, pictures, change, status, code):
@@ -261,6 +321,16 @@ def test_mask_writes_five_masks_and_a_sheet(run, tmp_path, monkeypatch):
     assert Pillow.open(told["sheet"]).height > 0
     assert run("mask", "me.png", "-o", "out").exit_code == 73
     assert run("mask", "me.png", "-o", "out", "--force").exit_code == 0
+
+
+@pytest.mark.parametrize("output", ["x" * 300, "me.png", "/proc/new", "taken"])
+def test_masks_that_cannot_be_written_are_one_line_before_they_are_made(run, tmp_path, monkeypatch, output):
+    monkeypatch.chdir(tmp_path)
+    Path("me.png").write_bytes(png(noise()))
+    Path("taken/sheet.png").mkdir(parents=True)
+    result = run("mask", "me.png", "--force", "-o", output, **NO_MODEL)
+    assert result.exit_code == EXIT_OUTPUT
+    only_line(result)
 
 
 def test_mask_ends_with_the_code_of_what_is_wrong(run, tmp_path, monkeypatch):

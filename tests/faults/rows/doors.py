@@ -21,7 +21,9 @@ from ..registry import row
 from ..stage import FIELD_OF, ROLES, Stage
 
 COMMAND = Path(sys.executable).with_name("vton")
+FORM = {"person_image": "person", "cloth_image": "upper", "mask_image": "mask"}
 UNREADABLE = "/proc/self/mem"  # of which not even root can read the beginning
+UNWRITABLE = "/proc"  # where not even root can make a file
 
 
 @row("R01", lane="models")
@@ -48,13 +50,13 @@ def same_by_every_door(stage: Stage) -> str:
     assert (one == other).all(), "the pixels differ"
     _same_by_rest(stage, fields, by_http)
     _same_by_runpod(stage, fields, by_http)
+    _same_by_files(stage)
     return "RunPod by the SDK's own worker loop"
 
 
 def _form(fields: dict[str, object]) -> dict[str, str]:
     """The same request by the names of a form."""
-    names = {"person_image": "person", "cloth_image": "upper", "mask_image": "mask"}
-    form = {name: str(fields[FIELD_OF[role]]) for name, role in names.items()}
+    form = {name: str(fields[FIELD_OF[role]]) for name, role in FORM.items()}
     return {**form, **{name: str(fields[name]) for name in ("userId", "timestamp", "cloth_type", "output_format")}}
 
 
@@ -78,6 +80,25 @@ def _same_by_runpod(stage: Stage, fields: dict[str, object], by_http: dict[str, 
         assert by_key[name] == by_http[name], f"{name}: {by_key[name]} and {by_http[name]}"
     assert by_picture["job_id"] == by_http["job_id"]
     assert base64.b64decode(by_picture["result_image"]) == stage.stored(by_http["object_key"]), "the bytes differ"
+
+
+def _same_by_files(stage: Stage) -> None:
+    """Files make the same job and the same bytes on the command line and in a form, whatever they are called."""
+    folder, files = stage.new_folder("files"), good_files()
+    named = {"userId": "7", "timestamp": "files", "cloth_type": "upper", "num_inference_steps": "2", "seed": "5"}
+    pictures = {name: ("any.png", files[role], "image/png") for name, role in FORM.items()}
+    body, content_type = encode_multipart_formdata({**named, **pictures, "guidance_scale": "1.5"})
+    answer = stage.keep(stage.embedded.call("POST", "/api/try-on", body, {"Content-Type": content_type}))
+    assert answer.status == 200, answer.content[:300]
+    for role in FORM.values():
+        (folder / f"{role}.png").write_bytes(files[role])
+    given = [f"--{role}={folder}/./{role}.png" for role in FORM.values()]
+    numbers = ["--cloth-type=upper", "--steps=2", "--guidance=1.5", "--seed=5", "--user-id=7", "--timestamp=files"]
+    status, said = stage.ground.zygote.run(COMMAND, "run", *given, *numbers, f"--output={folder / 'result.jpg'}")
+    assert status == 0, said
+    told = json.loads(said[said.index("{") : said.rindex("}") + 1])
+    assert told["job_id"] == answer.headers["x-job-id"]
+    assert (folder / "result.jpg").read_bytes() == base64.b64decode(answer.json()["imageBase64"]), "the bytes differ"
 
 
 def _output(plane: JobPlane, job_id: str, asked: object) -> dict[str, Any]:
@@ -132,15 +153,20 @@ def command_line_faults(stage: Stage) -> str:
     for role, content in good_files().items():
         (folder / f"{role}.png").write_bytes(content)
     (folder / "there.jpg").write_bytes(b"precious")
+    (folder / "new-side-by-side.png").write_bytes(b"precious")
     (folder / "folder").mkdir()
     given = {role: f"--{role}={folder / role}.png" for role in ROLES}
     cases: dict[str, tuple[int, dict[str, str]]] = {
         "missing file": (66, {"person": f"--person={folder / 'gone.png'}"}),
         "directory as file": (65, {"person": f"--person={folder / 'folder'}"}),
         "unreadable file": (66, {"person": f"--person={UNREADABLE}"}),
+        "file without end": (65, {"person": "--person=/dev/zero"}),
         "output exists": (73, {"output": f"--output={folder / 'there.jpg'}"}),
         "output is a folder": (73, {"output": f"--output={folder / 'folder'}"}),
         "output dir cannot be": (73, {"output": f"--output={folder / 'person.png' / 'new' / 'result.jpg'}"}),
+        "output's name too long": (73, {"output": f"--output={folder / ('x' * 300)}"}),
+        "folder is not writable": (73, {"output": f"--output={UNWRITABLE}/result.jpg"}),
+        "strip exists": (73, {"strip": "--side-by-side"}),
     }
     for name, (wanted, changes) in cases.items():
         options = {**given, "output": f"--output={folder / 'new.jpg'}", **changes}
@@ -149,6 +175,7 @@ def command_line_faults(stage: Stage) -> str:
         assert "Traceback" not in said, f"{name}: {said}"
         assert len(said.splitlines()) == 1, f"{name}: {said}"
     assert (folder / "there.jpg").read_bytes() == b"precious"
+    assert (folder / "new-side-by-side.png").read_bytes() == b"precious"
     assert not (folder / "new.jpg").exists()
     status, said = _run(stage, *given.values(), f"--output={folder / 'there.jpg'}", "--force")
     assert status == 0, said
