@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,14 +27,15 @@ import boto3
 import click
 from botocore import exceptions as aws
 from botocore.config import Config
+from urllib3.exceptions import HTTPError
 
 if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
-    from mypy_boto3_sagemaker_runtime import SageMakerRuntimeClient
-    from mypy_boto3_sqs import SQSClient
+    from mypy_boto3_s3 import S3Client as S3
+    from mypy_boto3_sagemaker_runtime import SageMakerRuntimeClient as Runtime
+    from mypy_boto3_sqs import SQSClient as SQS
 
 READ_TIMEOUT_S = 70.0  # the platform ends a real-time call after 60 s: its error is better than none
-RETRY_FOR_S = 180.0  # from the first call of a try-on to its last
+RETRY_S = 180.0  # from the first call of a try-on to its last
 FIRST_WAIT_S = 1.0
 MAX_WAIT_S = 30.0
 JITTER = 0.5  # up to so much is added to each wait, so that callers who were refused together do not return together
@@ -43,6 +45,10 @@ INPUTS = "asynchronous/inputs/"  # where the stack lets the endpoint read, and l
 UNKNOWN = "outcome_unknown"
 UNREACHABLE = "unreachable"
 TURNED_AWAY = ("ServiceUnavailable", "ThrottlingException")  # by the platform, before the endpoint
+NOT_YET = ("NoSuchKey", "AccessDenied", UNKNOWN, UNREACHABLE)  # denied is also what is not there, without s3:ListBucket
+
+Request = Mapping[str, Any]  # the fields of /invocations, `timestamp` among them
+Answer = dict[str, Any]
 
 
 class TryOnFailed(Exception):
@@ -63,7 +69,7 @@ class TryOnFailed(Exception):
 
 def runtime_client(
     *, places: int = PLACES, read_timeout_s: float = READ_TIMEOUT_S, endpoint_url: str | None = None
-) -> SageMakerRuntimeClient:
+) -> Runtime:
     """A client that sends each call once.
 
     Args:
@@ -72,10 +78,7 @@ def runtime_client(
         endpoint_url: where the runtime is, if not where the environment and the region say.
     """
     once = Config(
-        connect_timeout=5,
-        read_timeout=read_timeout_s,
-        retries={"total_max_attempts": 1},
-        max_pool_connections=places,
+        connect_timeout=5, read_timeout=read_timeout_s, retries={"total_max_attempts": 1}, max_pool_connections=places
     )
     return boto3.client("sagemaker-runtime", config=once, endpoint_url=endpoint_url)
 
@@ -85,15 +88,11 @@ def new_timestamp() -> str:
     return f"{time.strftime('%y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}"
 
 
-def try_on(
-    runtime: SageMakerRuntimeClient, endpoint: str, request: Mapping[str, Any], *, retry_for_s: float = RETRY_FOR_S
-) -> dict[str, Any]:
+def try_on(runtime: Runtime, endpoint: str, request: Request, *, retry_for_s: float = RETRY_S) -> Answer:
     """The endpoint's answer; its `object_key` is the picture's.
 
     Args:
         runtime: of `runtime_client`.
-        endpoint: its name.
-        request: the fields of /invocations, `timestamp` among them.
         retry_for_s: within which calls are begun.
 
     Raises:
@@ -113,33 +112,20 @@ def try_on(
 
 
 def try_on_many(
-    runtime: SageMakerRuntimeClient,
-    endpoint: str,
-    requests: Iterable[Mapping[str, Any]],
-    *,
-    places: int = PLACES,
-    retry_for_s: float = RETRY_FOR_S,
-) -> Iterator[tuple[Mapping[str, Any], dict[str, Any] | TryOnFailed]]:
+    runtime: Runtime, endpoint: str, requests: Iterable[Request], *, places: int = PLACES, retry_for_s: float = RETRY_S
+) -> Iterator[tuple[Request, Answer | TryOnFailed]]:
     """Each request with its answer or its failure, as they come.
 
     Args:
         runtime: of `runtime_client` with as many places.
-        endpoint: its name.
         requests: each with a `timestamp` of its own.
         places: of the endpoint: `VTON_MAX_IN_FLIGHT` times its instances.
-        retry_for_s: as for `try_on`.
     """
-
-    def outcome(request: Mapping[str, Any]) -> dict[str, Any] | TryOnFailed:
-        try:
-            return try_on(runtime, endpoint, request, retry_for_s=retry_for_s)
-        except TryOnFailed as failed:
-            return failed
-
     with ThreadPoolExecutor(places) as pool:
-        asked = {pool.submit(outcome, request): request for request in requests}
+        asked = {pool.submit(try_on, runtime, endpoint, each, retry_for_s=retry_for_s): each for each in requests}
         for done in as_completed(asked):
-            yield asked[done], done.result()
+            failed = done.exception()
+            yield asked[done], failed if isinstance(failed, TryOnFailed) else done.result()
 
 
 @dataclass(frozen=True)
@@ -158,100 +144,103 @@ class Submitted:
 
 
 def submit(
-    runtime: SageMakerRuntimeClient,
-    s3: S3Client,
-    endpoint: str,
-    request: Mapping[str, Any],
-    *,
-    bucket: str,
-    timeout_s: int = 900,
-    ttl_s: int = 3600,
+    runtime: Runtime, s3: S3, endpoint: str, request: Request, *, bucket: str, timeout_s: int = 900, ttl_s: int = 3600
 ) -> Submitted:
     """Puts a try-on into the queue of an asynchronous endpoint.
 
     Args:
         runtime: of `runtime_client`.
-        s3: a client.
-        endpoint: its name.
-        request: as for `try_on`.
         bucket: that the endpoint reads inputs of, below `INPUTS`.
         timeout_s: for the picture to be made, 1-3600.
         ttl_s: for it to be begun, 60-21600.
+
+    Raises:
+        TryOnFailed: S3 or the endpoint did not take it; or nobody knows.
     """
     inference_id = uuid.uuid4().hex
-    key = f"{INPUTS}{inference_id}.json"
-    s3.put_object(Bucket=bucket, Key=key, Body=json.dumps(request).encode(), ContentType="application/json")
-    accepted = runtime.invoke_endpoint_async(
-        EndpointName=endpoint,
-        ContentType="application/json",
-        InputLocation=f"s3://{bucket}/{key}",
-        InferenceId=inference_id,
-        InvocationTimeoutSeconds=timeout_s,
-        RequestTTLSeconds=ttl_s,
-    )
-    return Submitted(inference_id, accepted["OutputLocation"], accepted["FailureLocation"])
+    key, content = f"{INPUTS}{inference_id}.json", json.dumps(request).encode()
+    with _calling():
+        s3.put_object(Bucket=bucket, Key=key, Body=content, ContentType="application/json")
+        accepted = runtime.invoke_endpoint_async(
+            EndpointName=endpoint,
+            ContentType="application/json",
+            InputLocation=f"s3://{bucket}/{key}",
+            InferenceId=inference_id,
+            InvocationTimeoutSeconds=timeout_s,
+            RequestTTLSeconds=ttl_s,
+        )
+        return Submitted(inference_id, accepted["OutputLocation"], accepted["FailureLocation"])
 
 
-def wait_by_polling(s3: S3Client, submitted: Submitted, *, limit_s: float, poll_s: float = POLL_S) -> dict[str, Any]:
+def wait_by_polling(s3: S3, submitted: Submitted, *, limit_s: float, poll_s: float = POLL_S) -> Answer:
     """The answer to an asynchronous try-on, as soon as it lies in S3.
 
     Raises:
-        TryOnFailed: its failure lies there, or neither does after `limit_s`.
+        TryOnFailed: its failure lies there; S3 refuses; or neither could be read after `limit_s`.
     """
     gives_up = time.monotonic() + limit_s
-    while time.monotonic() < gives_up:
-        output = _stored(s3, submitted.output)
-        if output is not None:
-            answer: dict[str, Any] = json.loads(output)
-            return answer
-        failure = _stored(s3, submitted.failure)
-        if failure is not None:
-            raise _failed("InvocationFailed", failure.decode(errors="replace"))
+    while True:
+        try:
+            return _stored(s3, submitted)
+        except TryOnFailed as failed:
+            if failed.code not in NOT_YET:
+                raise
+            if time.monotonic() > gives_up:
+                raise TryOnFailed(UNKNOWN, f"neither answer nor failure after {limit_s:g} s ({failed})") from failed
         time.sleep(poll_s)
-    raise TryOnFailed(UNKNOWN, f"neither answer nor failure after {limit_s:g} s")
 
 
 def wait_by_message(
-    sqs: SQSClient, s3: S3Client, queue_url: str, submitted: Iterable[Submitted], *, limit_s: float
-) -> Iterator[tuple[Submitted, dict[str, Any] | TryOnFailed]]:
+    sqs: SQS, s3: S3, queue_url: str, submitted: Iterable[Submitted], *, limit_s: float
+) -> Iterator[tuple[Submitted, Answer | TryOnFailed]]:
     """Each asynchronous try-on with its answer or failure, as the messages about them come.
 
     Args:
-        sqs: a client.
-        s3: a client.
         queue_url: of a queue that subscribes to the endpoint's success and error topics.
         submitted: what is waited for; messages about anything else stay in the queue.
-        limit_s: after which the rest is given as failed with `outcome_unknown`.
+        limit_s: after which, or up to 1 s later, the rest is given as failed with `outcome_unknown`.
+
+    Raises:
+        TryOnFailed: the queue cannot be read.
     """
     open_ones = {each.inference_id: each for each in submitted}
     gives_up = time.monotonic() + limit_s
     while open_ones and time.monotonic() < gives_up:
-        wait_s = max(0, min(20, int(gives_up - time.monotonic())))
-        received = sqs.receive_message(QueueUrl=queue_url, MaxNumberOfMessages=10, WaitTimeSeconds=wait_s)
+        wait_s = max(1, min(20, int(gives_up - time.monotonic())))  # with 0, SQS would be asked without a pause
+        with _calling():
+            received = sqs.receive_message(QueueUrl=queue_url, MaxNumberOfMessages=10, WaitTimeSeconds=wait_s)
         for message in received.get("Messages", []):
             event = _event(message["Body"])
-            ours = open_ones.pop(event.get("inferenceId", ""), None)
+            ours = open_ones.pop(str(event.get("inferenceId")), None)
             if ours is None:
                 continue  # somebody else's, or told twice
             yield ours, _outcome(s3, ours, event)
-            sqs.delete_message(QueueUrl=queue_url, ReceiptHandle=message["ReceiptHandle"])
+            with suppress(TryOnFailed), _calling():  # else it comes again, as one that is told twice
+                sqs.delete_message(QueueUrl=queue_url, ReceiptHandle=message["ReceiptHandle"])
     for left in open_ones.values():
         yield left, TryOnFailed(UNKNOWN, f"no message within {limit_s:g} s")
 
 
-def _invoke(runtime: SageMakerRuntimeClient, endpoint: str, request: Mapping[str, Any]) -> dict[str, Any]:
+def _invoke(runtime: Runtime, endpoint: str, request: Request) -> Answer:
+    body = json.dumps(request)
+    with _calling():
+        response = runtime.invoke_endpoint(EndpointName=endpoint, ContentType="application/json", Body=body)
+        return _object(response["Body"].read())
+
+
+@contextmanager
+def _calling() -> Iterator[None]:
+    """Tells every error of boto3 as TryOnFailed."""
     try:
-        response = runtime.invoke_endpoint(
-            EndpointName=endpoint, ContentType="application/json", Body=json.dumps(request)
-        )
-        answer: dict[str, Any] = json.loads(response["Body"].read())
+        yield
     except (aws.ConnectTimeoutError, aws.EndpointConnectionError) as exc:  # nothing was sent
         raise TryOnFailed(UNREACHABLE, str(exc), retryable=True) from exc
-    except (aws.ReadTimeoutError, aws.ConnectionClosedError) as exc:
-        raise TryOnFailed(UNKNOWN, "no answer; the same request will find the picture if it is made") from exc
+    except (aws.HTTPClientError, aws.IncompleteReadError, HTTPError, KeyError, ValueError) as exc:
+        raise TryOnFailed(UNKNOWN, "no answer to be read; the same request finds the picture if it is made") from exc
     except aws.ClientError as exc:
         raise refusal(exc) from exc
-    return answer
+    except aws.BotoCoreError as exc:
+        raise TryOnFailed(type(exc).__name__, str(exc)) from exc
 
 
 def refusal(error: aws.ClientError) -> TryOnFailed:
@@ -260,8 +249,8 @@ def refusal(error: aws.ClientError) -> TryOnFailed:
     if kind != "ModelError":
         return TryOnFailed(kind, str(error), retryable=kind in TURNED_AWAY)
     response: Mapping[str, Any] = error.response
-    if response.get("OriginalStatusCode") == 0:  # the container gave no answer in time, and may still be at work
-        return TryOnFailed(UNKNOWN, str(response.get("OriginalMessage")))
+    if not response.get("OriginalStatusCode"):  # no answer in time, or cut off: the container may still be at work
+        return TryOnFailed(UNKNOWN, str(error))
     return _failed("ModelError", str(response.get("OriginalMessage", "")))
 
 
@@ -273,40 +262,56 @@ def _failed(kind: str, text: str) -> TryOnFailed:
         code, message = str(error["code"]), str(error["message"])
     except (ValueError, KeyError, TypeError):
         return TryOnFailed(kind, text)
-    after = error.get("retry_after_s")
-    return TryOnFailed(
-        code,
-        message,
-        retryable=error.get("retryable") is True,
-        retry_after_s=float(after) if isinstance(after, (int, float)) else None,
-    )
+    retryable, after = error.get("retryable") is True, error.get("retry_after_s")
+    after_s = float(after) if isinstance(after, (int, float)) else None
+    return TryOnFailed(code, message, retryable=retryable, retry_after_s=after_s)
 
 
-def _event(body: str) -> dict[str, Any]:
-    """The message of the endpoint, with or without the envelope of SNS."""
-    event: dict[str, Any] = json.loads(body)
-    if event.get("Type") == "Notification":
-        event = json.loads(event["Message"])
-    return event
+def _object(text: str | bytes) -> Answer:
+    """The JSON object in a text; raises ValueError where there is none."""
+    parsed = json.loads(text)
+    if not isinstance(parsed, dict):
+        raise ValueError("not an object of JSON")  # noqa: TRY004 - of the text, not of the call
+    return parsed
 
 
-def _outcome(s3: S3Client, submitted: Submitted, event: Mapping[str, Any]) -> dict[str, Any] | TryOnFailed:
-    if event["invocationStatus"] == "Completed":
-        answer: dict[str, Any] = json.loads(_stored(s3, submitted.output) or b"{}")
-        return answer
-    failure = _stored(s3, submitted.failure)
-    return _failed("InvocationFailed", str(event.get("failureReason")) if failure is None else failure.decode())
-
-
-def _stored(s3: S3Client, uri: str) -> bytes | None:
-    """An object, or None while there is none."""
-    place = urlsplit(uri)
+def _event(body: str) -> Answer:
+    """The message of the endpoint, with or without the envelope of SNS; nothing, where it is none."""
     try:
-        return s3.get_object(Bucket=place.netloc, Key=place.path.lstrip("/"))["Body"].read()
-    except aws.ClientError as exc:
-        if exc.response["Error"]["Code"] not in ("NoSuchKey", "404"):
-            raise
-        return None
+        event = _object(body)
+        return _object(event["Message"]) if event.get("Type") == "Notification" else event
+    except (ValueError, KeyError, TypeError):
+        return {}
+
+
+def _outcome(s3: S3, submitted: Submitted, event: Mapping[str, Any]) -> Answer | TryOnFailed:
+    try:
+        return _stored(s3, submitted)
+    except TryOnFailed as failed:
+        if failed.code not in NOT_YET:
+            return failed
+        if event.get("invocationStatus") == "Completed":
+            return TryOnFailed(UNKNOWN, f"the answer is made and cannot be read ({failed})")
+        return _failed("InvocationFailed", str(event.get("failureReason")))
+
+
+def _stored(s3: S3, submitted: Submitted) -> Answer:
+    """The answer that lies in S3; raises TryOnFailed where its failure does, or neither can be read."""
+    try:
+        with _calling():
+            return _object(_content(s3, submitted.output))
+    except TryOnFailed as missing:
+        try:
+            with _calling():
+                failure = _content(s3, submitted.failure)
+        except TryOnFailed:
+            raise missing from missing.__cause__
+        raise _failed("InvocationFailed", failure.decode(errors="replace")) from None
+
+
+def _content(s3: S3, uri: str) -> bytes:
+    place = urlsplit(uri)
+    return s3.get_object(Bucket=place.netloc, Key=place.path.lstrip("/"))["Body"].read()
 
 
 _ENDPOINT = click.option("--endpoint-name", default="vton", show_default=True)
@@ -328,14 +333,13 @@ def _request(options: Mapping[str, str | None]) -> dict[str, str]:
     return request
 
 
-def _show(outcome: Mapping[str, Any] | TryOnFailed) -> bool:
-    """Prints an outcome; whether it is a picture."""
+def _show(outcome: Answer | TryOnFailed, **asked: object) -> bool:
+    """Prints an outcome, with what was asked where it failed; whether it is a picture."""
     if isinstance(outcome, TryOnFailed):
         told = {"code": outcome.code, "retryable": outcome.retryable, "message": str(outcome)}
-        click.echo(json.dumps({"error": told}))
-        return False
+        outcome = {**asked, "error": told}
     click.echo(json.dumps(outcome))
-    return True
+    return "error" not in outcome
 
 
 @click.group()
@@ -348,11 +352,7 @@ def main() -> None:
 @_request_options
 def one(endpoint_name: str, **options: str | None) -> None:
     """One picture, waited for."""
-    try:
-        outcome: dict[str, Any] | TryOnFailed = try_on(runtime_client(), endpoint_name, _request(options))
-    except TryOnFailed as failed:
-        outcome = failed
-    raise SystemExit(not _show(outcome))
+    _show(try_on(runtime_client(), endpoint_name, _request(options)))
 
 
 @main.command()
@@ -361,9 +361,14 @@ def one(endpoint_name: str, **options: str | None) -> None:
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def many(endpoint_name: str, places: int, file: Path) -> None:
     """Every request of a FILE of JSON Lines, each with its own timestamp."""
-    requests = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
-    outcomes = try_on_many(runtime_client(places=places), endpoint_name, requests, places=places)
-    shown = [_show(outcome) for _, outcome in outcomes]
+    asked, shown = [], []
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        try:
+            asked += [_object(line)] if line.strip() else []
+        except ValueError as exc:
+            shown.append(_show(TryOnFailed("invalid_json", str(exc)), line=number))
+    outcomes = try_on_many(runtime_client(places=places), endpoint_name, asked, places=places)
+    shown += [_show(outcome, timestamp=request.get("timestamp")) for request, outcome in outcomes]
     raise SystemExit(not all(shown))
 
 
@@ -375,22 +380,20 @@ def many(endpoint_name: str, places: int, file: Path) -> None:
 @_request_options
 def asynchronous(endpoint_name: str, bucket: str, queue_url: str | None, limit_s: float, **options: str | None) -> None:
     """One picture by the endpoint's queue."""
-    s3 = boto3.client("s3")
+    s3, sqs = boto3.client("s3"), boto3.client("sqs")
     submitted = submit(runtime_client(), s3, endpoint_name, _request(options), bucket=bucket)
     click.echo(f"accepted; the answer will be {submitted.output}", err=True)
-    outcome: dict[str, Any] | TryOnFailed
     if queue_url is None:
-        try:
-            outcome = wait_by_polling(s3, submitted, limit_s=limit_s)
-        except TryOnFailed as failed:
-            outcome = failed
+        outcome: Answer | TryOnFailed = wait_by_polling(s3, submitted, limit_s=limit_s)
     else:
-        ((_, outcome),) = wait_by_message(boto3.client("sqs"), s3, queue_url, [submitted], limit_s=limit_s)
+        ((_, outcome),) = wait_by_message(sqs, s3, queue_url, [submitted], limit_s=limit_s)
     raise SystemExit(not _show(outcome))
 
 
 if __name__ == "__main__":
     try:
         main()
+    except TryOnFailed as failed:
+        raise SystemExit(not _show(failed)) from failed
     except aws.BotoCoreError as exc:
         raise SystemExit(f"AWS cannot be asked: {exc}") from exc

@@ -338,6 +338,43 @@ def test_the_script_makes_an_asynchronous_picture(stage):
     assert json.loads(done.stdout)["object_key"].startswith("users/7/vton_result/")
 
 
+@pytest.mark.parametrize(("bucket", "code"), [(BUCKET, "ValidationError"), ("no-such-bucket", "NoSuchBucket")])
+def test_an_asynchronous_call_that_is_not_taken_has_a_code(stage, bucket, code):
+    with pytest.raises(backend.TryOnFailed) as raised:
+        backend.submit(stage.runtime(), stage.s3, "vton", stage.request("real-time"), bucket=bucket)
+    assert (raised.value.code, raised.value.retryable) == (code, False)
+
+
+@pytest.mark.parametrize(("bucket", "code"), [(BUCKET, "ValidationError"), ("no-such-bucket", "NoSuchBucket")])
+def test_the_script_ends_with_1_and_a_sentence_where_an_asynchronous_call_is_not_taken(stage, bucket, code):
+    done = script(stage, "async", "--bucket", bucket, *urls(stage))
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["error"]["code"] == code
+    assert "Traceback" not in done.stderr
+
+
+def test_the_script_ends_with_1_and_a_sentence_where_one_picture_is_refused(stage):
+    done = script(stage, "one", "--endpoint-name", "other", *urls(stage))
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["error"]["code"] == "ValidationError"
+    assert "Traceback" not in done.stderr
+
+
+def test_the_script_gives_every_line_its_outcome_bad_ones_too(stage, tmp_path):
+    gone = stage.request("file-gone", person_image_url=f"http://{stage.images}/gone.png")
+    lines = [b"{", json.dumps(gone).encode(), b"[]", b"", b"\xff", json.dumps(stage.request("file-good")).encode()]
+    (tmp_path / "many.jsonl").write_bytes(b"\n".join(lines))
+    done = script(stage, "many", "--places", "2", str(tmp_path / "many.jsonl"))
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    unread = [each["line"] for each in told if each.get("error", {}).get("code") == "invalid_json"]
+    refused = [each["timestamp"] for each in told if each.get("error", {}).get("code") == "image_not_found"]
+    made = [each["object_key"] for each in told if "error" not in each]
+    assert (unread, refused) == ([1, 3, 5], ["file-gone"])
+    assert made == ["users/7/vton_result/file-good/result.png"]
+
+
 def test_the_script_makes_many_and_ends_with_1_where_one_is_missing(stage, tmp_path):
     asked = [stage.request("file-1"), stage.request("file-2", person_image_url=f"http://{stage.images}/gone.png")]
     (tmp_path / "many.jsonl").write_text("".join(json.dumps(each) + "\n" for each in asked))
