@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import sys
-import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +47,7 @@ KEYS = {"AWS_ACCESS_KEY_ID": "local", "AWS_SECRET_ACCESS_KEY": "local", "AWS_DEF
 US_EAST_1 = "us-east-1"  # the one region that must not be named when a bucket is made
 BOUNDED = Config(connect_timeout=5, read_timeout=60, retries={"total_max_attempts": 3})
 PLACES = 8
+MAX_IN_FLIGHT = 1000  # the largest VTON_MAX_IN_FLIGHT that the container takes
 ASYNC_S = 900  # InvocationTimeoutSeconds, unless a call says another
 ANSWER_S = 5  # before the platform's limit, so that the container itself says what took too long
 EXIT_FAILED = 1
@@ -54,8 +55,22 @@ EXIT_STOPPED = 75  # sysexits: temporary failure
 EXIT_SETTINGS = 78  # sysexits: configuration
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+
+
+def _words(_context: click.Context, _option: click.Parameter, command: str | None) -> Sequence[str]:
+    """The container's command: the user's, as a shell splits it, or the image's own."""
+    if command is None:
+        return SERVE
+    try:
+        words = shlex.split(command)
+    except ValueError as exc:
+        _end(f"--command is not a command line: {exc}")
+    return words or _end("--command names no program")
+
+
 _COMMAND = click.option(
     "--command",
+    callback=_words,
     help="What is run as the container, and listens on SAGEMAKER_BIND_TO_PORT; by default this repository's.",
 )
 
@@ -76,12 +91,14 @@ class Cloud:
 @click.option("--port", type=click.IntRange(0, 65535), default=8081, show_default=True, help="0 takes a free one.")
 @click.option("--endpoint-name", default="vton", show_default=True)
 @click.option("--mode", type=click.Choice([REALTIME, ASYNC]), default=REALTIME, show_default=True)
-@click.option("--concurrency", type=click.IntRange(1, 1000), default=PLACES, show_default=True, help="The places.")
+@click.option(
+    "--concurrency", type=click.IntRange(1, MAX_IN_FLIGHT), default=PLACES, show_default=True, help="The places."
+)
 @click.option("--images", type=_FOLDER, help="A folder of pictures to serve to the endpoint.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), default=OUTPUT, show_default=True, help="For the log.")
 @click.option("--time-limit", type=click.FloatRange(min=0.1), default=60.0, show_default=True, help="Of a call, s.")
 @_COMMAND
-def local(images: Path | None, output: Path, command: str | None, **options: Any) -> None:  # noqa: ANN401 - click's
+def local(images: Path | None, output: Path, command: Sequence[str], **options: Any) -> None:  # noqa: ANN401 - click's
     """Run the container behind what boto3 takes for SageMaker, until Ctrl-C or SIGTERM.
 
     S3, SQS and SNS are stand-ins too, unless AWS_ENDPOINT_URL or AWS_ENDPOINT_URL_S3, _SQS and _SNS name others. The
@@ -92,7 +109,7 @@ def local(images: Path | None, output: Path, command: str | None, **options: Any
     if not ENDPOINT_NAME.fullmatch(options["endpoint_name"]):
         _end("the name of an endpoint has letters, digits and hyphens, at most 63")
     with _to_the_end(0), _stage(output, images) as (stack, cloud, hosts):
-        given = {"VTON_MAX_IN_FLIGHT": str(options["concurrency"])}
+        given = {"VTON_MAX_IN_FLIGHT": _max_in_flight(options["mode"], options["concurrency"])}
         if options["mode"] == ASYNC:
             given["VTON_DEADLINE_S"] = str(ASYNC_S - ANSWER_S)
         container = stack.enter_context(_container(output, command, {**given, **_places(cloud), **hosts}))
@@ -104,7 +121,7 @@ def local(images: Path | None, output: Path, command: str | None, **options: Any
         )
         url = stack.enter_context(http_server(endpoint, options["port"] or None))
         _tell(url, cloud, options, output)
-        _wait_for_the_end()
+        container.wait_until_failed()
 
 
 @local.command("transform")
@@ -117,7 +134,7 @@ def local(images: Path | None, output: Path, command: str | None, **options: Any
 @click.option("--images", type=_FOLDER, help="A folder of pictures to serve to the container.")
 @click.option("--log", "logs", type=click.Path(path_type=Path), default=OUTPUT, show_default=True, help="Folder.")
 @_COMMAND
-def transform_command(source: str, target: str, logs: Path, command: str | None, **options: Any) -> None:  # noqa: ANN401
+def transform_command(source: str, target: str, logs: Path, command: Sequence[str], **options: Any) -> None:  # noqa: ANN401
     """Make every picture of JSON Lines files, as a Batch Transform job does.
 
     INPUT.out has the answer to each line of INPUT. The pictures are stored in the bucket; with the stand-in for S3, in
@@ -242,15 +259,30 @@ def _places(cloud: Cloud) -> dict[str, str]:
     }
 
 
+def _max_in_flight(mode: str, concurrency: int) -> str:
+    """VTON_MAX_IN_FLIGHT: the user's own, but enough for an asynchronous endpoint.
+
+    An invocation that times out makes way for the next one, while its picture, once begun, is finished in its place.
+    """
+    own = os.environ.get("VTON_MAX_IN_FLIGHT")
+    if mode != ASYNC:
+        return str(concurrency) if own is None else own
+    enough = min(2 * concurrency, MAX_IN_FLIGHT)
+    if own is None or (re.fullmatch("[0-9]{1,4}", own) and int(own) < enough):
+        return str(enough)
+    return own
+
+
 @contextmanager
-def _container(output: Path, command: str | None, environ: Mapping[str, str]) -> Iterator[Container]:
+def _container(output: Path, command: Sequence[str], environ: Mapping[str, str]) -> Iterator[Container]:
     """The container; what the user's own environment says of a setting stands."""
     click.echo("starting the container process ...")
     own = {name: value for name, value in os.environ.items() if name.startswith("VTON_") and name in environ}
-    own.pop("VTON_TRUSTED_HOSTS", None)  # it is part of what is given
+    for name in ("VTON_TRUSTED_HOSTS", "VTON_MAX_IN_FLIGHT"):  # they are part of what is given
+        own.pop(name, None)
     if "VTON_OUTPUT_DIR" in os.environ:  # excludes a bucket
         environ = {name: value for name, value in environ.items() if name != "VTON_BUCKET"}
-    launch = Launch(output / "serve.log", {**environ, **own}, shlex.split(command) if command else SERVE)
+    launch = Launch(output / "serve.log", {**environ, **own}, command)
     with running(launch, ContainerLimits()) as container:
         yield container
 
@@ -300,12 +332,6 @@ def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # the end is under way, and bounded
     raise KeyboardInterrupt
-
-
-def _wait_for_the_end() -> None:
-    forever = threading.Event()
-    while not forever.wait(3600):  # a signal ends it
-        pass
 
 
 def _end(sentence: str) -> NoReturn:

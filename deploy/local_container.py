@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 import httpcore
 import structlog
@@ -22,12 +22,13 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SERVE = (sys.executable, str(REPOSITORY / "container" / "serve"))  # what the image runs as `serve`
 OK = 200
 FIRST_PING_EVERY_S = 0.1  # while it starts: who waits for a laptop's endpoint waits for nothing else
+LISTENING = ("VTON_HOST", "VTON_PORT")  # they would win over SAGEMAKER_BIND_TO_PORT, which is what is pinged
 
 log = structlog.get_logger()
 
 
 class ContainerFailed(Exception):
-    """The first process ended, or was not ready in time; the text names the log."""
+    """The first process ended or was not ready in time, or no other can be started; the text names the log."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Launch:
 
     Attributes:
         log: file that the output of every process is appended to.
-        environ: variables beside those of this process.
+        environ: variables beside those of this process; where to listen is not among them.
         command: the process, in the repository; it listens on SAGEMAKER_BIND_TO_PORT.
     """
 
@@ -115,6 +116,17 @@ class Container:
                 raise ContainerFailed(f"{self._failure or 'the container is not ready'}; see {self._launch.log}")
             return self._url
 
+    def wait_until_failed(self) -> NoReturn:
+        """Returns never: it waits for the end of all service.
+
+        Raises:
+            ContainerFailed: no process serves, and none will.
+        """
+        with self._changed:
+            while self._failure is None:
+                self._changed.wait(3600)
+        raise ContainerFailed(f"{self._failure}; see {self._launch.log}")
+
     def stop(self) -> None:
         """Ends the process as the platform does, and the thread; returns within `stop_s` and a second."""
         self._stopping.set()
@@ -127,6 +139,9 @@ class Container:
                     self._serve_once(file)
         except OSError as exc:  # the log or the command cannot be opened: no repeat would mend that
             self._set(failure=f"the container cannot be started: {exc}")
+        except Exception as exc:  # this thread's end is the end of waiting, whatever ends it
+            log.exception("container_not_watched")
+            self._set(failure=f"the container cannot be started or watched: {exc}")
         finally:
             self._set()
 
@@ -134,10 +149,11 @@ class Container:
         """One process, from its start to its end."""
         port = free_port()
         url = f"http://127.0.0.1:{port}"
+        environ = {**os.environ, **self._launch.environ, "SAGEMAKER_BIND_TO_PORT": str(port)}
         process = subprocess.Popen(  # noqa: S603 - the command is the caller's own
             list(self._launch.command),
             cwd=REPOSITORY,
-            env={**os.environ, **self._launch.environ, "SAGEMAKER_BIND_TO_PORT": str(port)},
+            env={name: value for name, value in environ.items() if name not in LISTENING},
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,

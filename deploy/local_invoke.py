@@ -82,8 +82,8 @@ class Answer:
 
 
 def forwarded(headers: Mapping[str, str]) -> dict[str, str]:
-    """The headers that a container gets, of those that the caller sent (names in lower case)."""
-    return {theirs: headers[name] for name, theirs in REQUEST_HEADERS.items() if name in headers}
+    """The headers that a container gets, of those that the caller sent (names in lower case) and that say something."""
+    return {theirs: headers[name] for name, theirs in REQUEST_HEADERS.items() if headers.get(name)}
 
 
 @asynccontextmanager

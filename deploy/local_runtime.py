@@ -10,15 +10,17 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+import uuid
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 import structlog
 from fastapi import FastAPI, Request, Response
+from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deploy import event_stream
 from deploy.local_async import AsyncEndpoint
@@ -32,7 +34,7 @@ from deploy.platform_errors import (
     validation_error,
 )
 
-ENDPOINT_NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
+ENDPOINT_NAME = re.compile(r"[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?")
 MAX_BODY_BYTES = 6_291_456  # of a real-time request and of its answer
 MAX_DISCARDED_BYTES = 2**26  # of a body that is too large, read so that its sender hears the refusal
 MAX_LEFT_RUNNING = 100  # invocations that go on after their callers were told of the time limit
@@ -43,6 +45,12 @@ HEADER_RULES = {  # as the service model has them
     "x-amzn-sagemaker-custom-attributes": re.compile(r"[\x00-\x7f]{0,1024}"),
     "x-amzn-sagemaker-target-variant": re.compile(VARIANT),
     "x-amzn-sagemaker-session-id": re.compile(r"(?=.{1,256}\Z)(NEW_SESSION|[a-zA-Z0-9](-*[a-zA-Z0-9])*)"),
+}
+OTHER_ENDPOINTS = {  # header -> the one kind of endpoint that takes it, and its name in the refusal
+    "x-amzn-sagemaker-target-model": ("a multi-model endpoint", "target model"),
+    "x-amzn-sagemaker-target-container-hostname": ("a multi-container endpoint", "target container hostname"),
+    "x-amzn-sagemaker-inference-component": ("an endpoint of inference components", "inference component name"),
+    "x-amzn-sagemaker-enable-explanations": ("an endpoint with an explainer", "enable explanations"),
 }
 
 log = structlog.get_logger()
@@ -85,6 +93,7 @@ def create_runtime(
     where = container if callable(container) else lambda: container
     endpoint = _Endpoint(where, limits or RuntimeLimits(), name)
     api = FastAPI(openapi_url=None, lifespan=asynchronous.lifespan(where) if asynchronous else None)
+    api.add_middleware(_RequestId)
 
     @api.exception_handler(PlatformError)
     async def refused(_request: Request, exc: PlatformError) -> Response:
@@ -153,9 +162,12 @@ class _Endpoint:
         self._left_running: set[asyncio.Task[Answer]] = set()
 
     def check(self, asked: str, headers: Mapping[str, str]) -> None:
-        """Refuses names that are not this endpoint's, and headers that the service model does not know."""
+        """Refuses names that are not this endpoint's, and headers that it or the service model does not take."""
         if not ENDPOINT_NAME.fullmatch(asked) or self._name not in (None, asked):
             raise validation_error(f"Endpoint {asked[:80]} of account {ACCOUNT} not found.")
+        for name, (kind, words) in OTHER_ENDPOINTS.items():
+            if name in headers:
+                raise validation_error(f"Endpoint {asked} is not {kind} and does not support {words} header.")
         for name, rule in HEADER_RULES.items():
             value = headers.get(name)
             if value is not None and not rule.fullmatch(value):
@@ -247,6 +259,21 @@ class _Endpoint:
         finally:
             await kept.aclose()
         return body.decode(errors="replace")
+
+
+class _RequestId:
+    """Names every answer, a refusal too, for `ResponseMetadata.RequestId`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-amzn-RequestId"] = str(uuid.uuid4())
+            await send(message)
+
+        await self._app(scope, receive, named)
 
 
 class _EventStream(StreamingResponse):

@@ -137,6 +137,7 @@ def test_a_job_is_accepted_stored_and_told_of_as_on_the_platform(stage):
     location = stage.put({"x": 1})
     answer = stage.call(InputLocation=location, InferenceId="job-1", CustomAttributes="tenant=blue")
     assert answer["ResponseMetadata"]["HTTPStatusCode"] == 202
+    assert answer["ResponseMetadata"]["RequestId"]
     assert answer["InferenceId"] == "job-1"
     assert answer["OutputLocation"] == f"s3://{BUCKET}/out/job-1.out"
     assert answer["FailureLocation"] == f"s3://{BUCKET}/fail/job-1-error.out"

@@ -141,6 +141,7 @@ def test_a_record_above_the_payload_limit_fails_its_file(url, container, folder)
     [
         ({"max_concurrent_transforms": 101}, PARAMETERS),
         ({"max_payload_mb": 101}, PARAMETERS),
+        ({}, {**PARAMETERS, "MaxConcurrentTransforms": 101}),
         ({"max_concurrent_transforms": 20, "max_payload_mb": 6}, PARAMETERS),
         ({"max_retries": 4}, PARAMETERS),
         ({"timeout_s": 3601}, PARAMETERS),

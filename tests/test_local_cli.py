@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import requests
 from botocore.exceptions import ClientError
 from stand_in import usual_files, usual_request
 
@@ -99,11 +100,24 @@ def test_what_it_prints_is_enough_to_call_it_and_sigterm_ends_all_of_it(tmp_path
     assert "Traceback" not in (tmp_path / "err").read_text()
 
 
+ASYNC = ("--mode", "async", "--concurrency", "2", *WAITING)
+
+
+def outcomes(given, queue_url, count):
+    """Inference id -> status, of so many messages."""
+    sqs = client("sqs", given["AWS_ENDPOINT_URL_SQS"])
+    statuses, ends = {}, time.monotonic() + PATIENCE_S
+    while len(statuses) < count and time.monotonic() < ends:
+        received = sqs.receive_message(QueueUrl=queue_url, MaxNumberOfMessages=10, WaitTimeSeconds=5)
+        for each in received.get("Messages", []):
+            event = json.loads(each["Body"])
+            statuses[event["inferenceId"]] = event["invocationStatus"]
+            sqs.delete_message(QueueUrl=queue_url, ReceiptHandle=each["ReceiptHandle"])
+    return statuses
+
+
 def test_the_asynchronous_mode_stores_and_tells(tmp_path, images):
-    with serving(tmp_path, "--images", str(images), "--mode", "async", "--concurrency", "2", *WAITING, **QUICK) as (
-        process,
-        printed,
-    ):
+    with serving(tmp_path, "--images", str(images), *ASYNC, **QUICK) as (process, printed):
         given = exported(printed)
         host = re.search(r"are at (http://\S+)", printed)[1]
         found = dict(re.findall(r"^(bucket|outcomes) +(\S+)", printed, re.MULTILINE))
@@ -112,13 +126,59 @@ def test_the_asynchronous_mode_stores_and_tells(tmp_path, images):
         runtime = client("sagemaker-runtime", given["AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME"])
         location = f"s3://{found['bucket']}/in.json"
         runtime.invoke_endpoint_async(EndpointName="vton", ContentType="application/json", InputLocation=location)
-        sqs = client("sqs", given["AWS_ENDPOINT_URL_SQS"])
-        received, ends = [], time.monotonic() + PATIENCE_S
-        while not received and time.monotonic() < ends:
-            received = sqs.receive_message(QueueUrl=found["outcomes"], WaitTimeSeconds=5).get("Messages", [])
-        assert json.loads(received[0]["Body"])["invocationStatus"] == "Completed"
+        assert list(outcomes(given, found["outcomes"], 1).values()) == ["Completed"]
         process.send_signal(signal.SIGINT)
         assert process.wait(40) == 0
+
+
+def test_the_jobs_behind_one_that_timed_out_complete(tmp_path, images):
+    changes = {**QUICK, PICTURE_S: "2"}
+    with serving(tmp_path, "--images", str(images), *ASYNC, **changes) as (_, printed):
+        given = exported(printed)
+        host = re.search(r"are at (http://\S+)", printed)[1]
+        queue_url = re.search(r"^outcomes +(\S+)", printed, re.MULTILINE)[1]
+        url = f"{given['AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME']}/endpoints/vton/async-invocations"
+
+        def submit(name, **headers):
+            named = {"Content-Type": "application/json", "Inference-Id": name, **headers}
+            body = json.dumps(request_to(host, timestamp=name))
+            sent = {f"X-Amzn-SageMaker-{key}": value for key, value in named.items()}
+            assert requests.post(url, body, headers=sent, timeout=30).status_code == 202
+
+        submit("warm")  # so that the next one is begun, and not only admitted, within its second
+        assert outcomes(given, queue_url, 1) == {"warm": "Completed"}
+        submit("short", InvocationTimeoutSeconds="1")
+        behind = [f"behind-{number}" for number in range(5)]
+        for name in behind:
+            submit(name)
+        assert outcomes(given, queue_url, 6) == {"short": "Failed", **dict.fromkeys(behind, "Completed")}
+
+
+@pytest.mark.parametrize(
+    ("mode", "own", "expected"),
+    [
+        ("async", {"VTON_MAX_IN_FLIGHT": "3"}, "4"),
+        ("async", {"VTON_MAX_IN_FLIGHT": "9"}, "9"),
+        ("realtime", {}, "2"),
+    ],
+)
+def test_the_container_has_places_for_what_is_sent_at_a_time(tmp_path, mode, own, expected):
+    """And is not told where to listen; `--command` is what tells of its environment, and ends."""
+    teller = tmp_path / "teller.py"
+    teller.write_text("import json, os; print(json.dumps(dict(os.environ)))")
+    command = f"{sys.executable} {teller}"
+    done = subprocess.run(
+        [VTON, "local", "--port", "0", "--mode", mode, "--concurrency", "2", "--command", command],
+        cwd=tmp_path,
+        env=environment(VTON_PORT="1", VTON_HOST="192.0.2.1", **own),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+    assert done.returncode == 78, done.stderr
+    told = json.loads((tmp_path / "vton_output" / "local" / "serve.log").read_text())
+    assert told["VTON_MAX_IN_FLIGHT"] == expected
+    assert {"VTON_PORT", "VTON_HOST"}.isdisjoint(told)
 
 
 def transform(folder, *arguments, **changes):
@@ -144,6 +204,14 @@ def test_a_transform_leaves_answers_and_pictures_in_its_folder(tmp_path, images)
     assert [each["object_key"].split("/")[3] for each in answers] == ["batch-0", "batch-1", "batch-2"]
     assert all((tmp_path / "out" / each["object_key"]).stat().st_size for each in answers)
     assert not (tmp_path / "out" / "bad.jsonl.out").exists()
+
+
+def test_a_transform_asks_for_no_more_at_a_time_than_the_platform_permits(tmp_path, images):
+    with folder_host(images) as host:
+        (tmp_path / "in.jsonl").write_text(json.dumps(request_to(f"http://{host}/")))
+        changes = {"VTON_TRUSTED_HOSTS": host, "VTON_MAX_IN_FLIGHT": "200"}
+        done = transform(tmp_path, "--input", "in.jsonl", "--output", "out", **changes)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_transform_over_s3_uses_the_services_that_the_environment_names(tmp_path):
@@ -179,10 +247,17 @@ def test_a_transform_over_s3_uses_the_services_that_the_environment_names(tmp_pa
     [
         (("transform", "--input", "s3://a/b", "--output", "out"), "AWS_ENDPOINT_URL_S3"),
         (("--endpoint-name", "not_a_name"), "letters, digits and hyphens"),
+        (("--endpoint-name", "a" + "-" * 100 + "b"), "at most 63"),
+        (("--command", " "), "--command names no program"),
+        (("--command", ""), "--command names no program"),
+        (("--command", "it's"), "No closing quotation"),
+        (("transform", "--input", "in", "--output", "out", "--command", " "), "--command names no program"),
     ],
 )
 def test_what_cannot_be_is_refused_with_a_sentence(tmp_path, arguments, said):
-    done = subprocess.run([VTON, "local", *arguments], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        [VTON, "local", *arguments], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert done.returncode == 78
     assert said in done.stderr
     assert "Traceback" not in done.stderr

@@ -97,6 +97,31 @@ def test_a_command_that_is_not_there_is_a_failure(tmp_path):
         pass
 
 
+def test_what_ends_the_watch_is_a_failure_and_nothing_waits_for_ever(tmp_path):
+    with pytest.raises(ContainerFailed, match="cannot be started"), running(Launch(tmp_path / "log", {}, ()), QUICK):
+        pass
+
+
+def test_a_process_that_cannot_be_replaced_is_a_failure_that_names_the_log(tmp_path):
+    server = tmp_path / "server"
+    server.write_text(f"#!{sys.executable}\n{SERVER}")
+    server.chmod(0o755)
+    with running(Launch(tmp_path / "serve.log", {}, (str(server),)), QUICK) as container:
+        server.unlink()
+        os.kill(container.pid, signal.SIGKILL)
+        with pytest.raises(ContainerFailed, match=r"cannot be started: .*serve\.log"):
+            container.wait_until_failed()
+        assert container.url is None
+
+
+def test_where_to_listen_is_not_the_users_to_say(tmp_path, monkeypatch):
+    for name, value in {"VTON_PORT": "1", "VTON_HOST": "192.0.2.1", "VTON_STEPS": "3"}.items():
+        monkeypatch.setenv(name, value)
+    with running(launch(tmp_path, VTON_PORT="2"), QUICK) as container:
+        given = psutil.Process(container.pid).environ()
+    assert {name for name in given if name.startswith("VTON_")} == {"VTON_STEPS"}
+
+
 def test_a_first_process_that_is_not_ready_in_its_budget_is_ended(tmp_path):
     limits = ContainerLimits(start_s=0.8, stop_s=2)
     container = Container(launch(tmp_path, PING="503"), limits)

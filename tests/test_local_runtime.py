@@ -14,7 +14,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.responses import StreamingResponse
 
 from deploy.demo import client, free_port, http_server
-from deploy.local_runtime import MAX_BODY_BYTES, RuntimeLimits, create_runtime
+from deploy.local_runtime import ENDPOINT_NAME, MAX_BODY_BYTES, RuntimeLimits, create_runtime
 
 
 class Seen:
@@ -131,6 +131,16 @@ def test_a_container_that_is_gone_is_a_model_error(where):
     assert (response["Error"]["Code"], response["OriginalStatusCode"]) == ("ModelError", 0)
 
 
+@pytest.mark.parametrize("name", ["a" * 63, "a" + "-" * 61 + "b", "a"])
+def test_a_name_of_the_permitted_length_is_an_endpoints(name):
+    assert ENDPOINT_NAME.fullmatch(name)
+
+
+@pytest.mark.parametrize("name", ["", "-a", "a-", "a_b", "a" * 64, "a" + "-" * 62 + "b", "a" + "-" * 100 + "b", "a\n"])
+def test_a_name_that_is_too_long_or_of_other_characters_is_no_endpoints(name):
+    assert not ENDPOINT_NAME.fullmatch(name)
+
+
 @pytest.mark.parametrize("name", ["other", "vton-", "v" * 64])
 def test_an_endpoint_that_is_not_there_is_a_validation_error(runtime, name):
     sent = requests.post(f"{runtime}/endpoints/{name}/invocations", data=b"{}", timeout=5)
@@ -148,6 +158,46 @@ def test_a_header_outside_the_service_model_is_a_validation_error(runtime, seen,
     sent = requests.post(f"{runtime}/endpoints/vton/invocations", data=b"{}", headers=headers, timeout=5)
     assert (sent.status_code, sent.headers["x-amzn-errortype"]) == (400, "ValidationError")
     assert len(seen.calls) == before
+
+
+@pytest.mark.parametrize(
+    ("member", "value", "said"),
+    [
+        ("TargetModel", "x.tar.gz", "not a multi-model endpoint and does not support target model header"),
+        ("TargetContainerHostname", "first", "does not support target container hostname header"),
+        ("InferenceComponentName", "part", "does not support inference component name header"),
+        ("EnableExplanations", "`true`", "does not support enable explanations header"),
+        ("TargetVariant", "Other", "target-variant has a value that is not permitted"),
+    ],
+)
+def test_what_only_another_kind_of_endpoint_takes_is_a_validation_error(runtime, seen, member, value, said):
+    before = len(seen.calls)
+    response = refused(runtime, **{member: value})
+    assert (response["Error"]["Code"], response["ResponseMetadata"]["HTTPStatusCode"]) == ("ValidationError", 400)
+    assert said in response["Error"]["Message"]
+    assert len(seen.calls) == before
+
+
+def test_the_one_variant_may_be_named(runtime):
+    assert invoke(runtime, TargetVariant="AllTraffic")["InvokedProductionVariant"] == "AllTraffic"
+
+
+def test_attributes_that_are_empty_are_none(runtime, seen):
+    invoke(runtime, CustomAttributes="")
+    assert "x-amzn-sagemaker-custom-attributes" not in seen.calls[-1][0]
+
+
+def test_every_answer_has_an_id_of_its_own(runtime):
+    answers = [
+        invoke(runtime),
+        stream(runtime, "200"),
+        refused(runtime, InferenceId="422"),
+        refused(runtime, EndpointName="other"),
+        refused(runtime, Body=b"x" * (MAX_BODY_BYTES + 1)),
+    ]
+    ids = {answer["ResponseMetadata"]["RequestId"] for answer in answers}
+    assert len(ids) == len(answers)
+    assert requests.get(runtime, timeout=5).headers["x-amzn-RequestId"] not in ids
 
 
 def test_a_body_of_the_platforms_limit_is_passed_on_and_one_byte_more_refused(runtime, seen):
