@@ -145,6 +145,12 @@ class Settings(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _what_is_compiled_stays_on_the_card(self) -> Settings:
+        if self.memory == "small" and self.compile != "off":
+            raise ValueError("VTON_MEMORY small and VTON_COMPILE exclude each other")
+        return self
+
+    @model_validator(mode="after")
     def _one_place_for_results(self) -> Settings:
         if self.bucket is not None and self.output_dir is not None:
             raise ValueError("VTON_BUCKET and VTON_OUTPUT_DIR exclude each other")

@@ -7,8 +7,9 @@ import time
 import warnings
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable
 
@@ -31,7 +32,15 @@ from container.storage import LocalStorage, S3Storage, Storage, wait_until_reach
 from container.telemetry import Metrics, Pseudonyms
 from container.worker import Models, Worker
 from model import ENGINES, choose_masker, device_of, load_engine, load_masker, without
-from model.interface import EngineOptions, GenerationSettings, MaskerOptions, PersonNotFound, TryOnInputs
+from model.interface import (
+    BALANCED,
+    EXACT,
+    EngineOptions,
+    GenerationSettings,
+    MaskerOptions,
+    PersonNotFound,
+    TryOnInputs,
+)
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -40,6 +49,7 @@ FETCHES_PER_REQUEST = 4  # person, mask, top, bottom
 REACHABLE_S = 300.0  # a process that finds no bucket says so and waits, then ends
 FEWEST_DECODERS = 2  # so that one file that takes its time does not stop all others
 WARM_UP_STEPS = 2  # every kernel of a picture runs in two steps
+GUIDED, UNGUIDED = 2.0, 1.0
 CPU_WARM_UP_PX = 64  # a side; a CPU chooses nothing by size, and a full picture would take it minutes
 UNUSED = ("transformers", "accelerate")  # diffusers would import them, for a second and a half
 AWS = Config(
@@ -245,7 +255,10 @@ def _loader(settings: Settings, storage: Storage, progress: bool) -> Callable[[]
 
 
 def _warm_up(settings: Settings, models: Models) -> None:
-    """One throw-away picture, on CUDA at the size of the real ones; a masker finds nobody on it."""
+    """A throw-away picture, on CUDA at the size of the real ones; a masker finds nobody on it.
+
+    Where forwards are compiled, all of them are here: in a request they would take minutes of it.
+    """
     began = time.monotonic()
     width, height, steps = settings.width, settings.height, WARM_UP_STEPS
     if device_of(settings.device) == "cpu":
@@ -253,7 +266,15 @@ def _warm_up(settings: Settings, models: Models) -> None:
     grey = np.full((height, width, 3), 128, np.uint8)
     mask = np.zeros((height, width), np.uint8)
     mask[height // 4 : height // 2] = 255
-    models.engine.generate(TryOnInputs(grey, grey, mask), GenerationSettings(steps, 2.0, 0, width, height))
+    inputs = TryOnInputs(grey, grey, mask)
+    wanted = GenerationSettings(steps, settings.guidance, 0, width, height, settings.quality)
+    models.engine.generate(inputs, wanted)
+    if settings.compile != "off":
+        for count, guidance, quality in product(
+            range(1, settings.max_batch + 1), (GUIDED, UNGUIDED), (EXACT, BALANCED)
+        ):
+            others = replace(wanted, guidance=guidance, quality=quality)
+            models.engine.generate_batch([inputs] * count, [others] * count)
     if models.masker is not None:
         with suppress(PersonNotFound):
             models.masker.mask(grey, "overall")

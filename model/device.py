@@ -50,11 +50,12 @@ def failures_told_apart() -> Iterator[None]:
         torch.cuda.empty_cache()
         raise OutOfMemory(str(exc)) from exc
     except RuntimeError as exc:
-        if _is_device_failure(exc):
+        if is_device_failure(exc):
             raise DeviceFailed(str(exc)) from exc
         raise EngineError(str(exc)) from exc
 
 
-def _is_device_failure(exc: RuntimeError) -> bool:
+def is_device_failure(exc: RuntimeError) -> bool:
+    """Whether CUDA reported an error that outlives the call."""
     accelerator_error = getattr(torch, "AcceleratorError", None)  # torch 2.8 and later
     return "CUDA error" in str(exc) or (accelerator_error is not None and isinstance(exc, accelerator_error))

@@ -86,6 +86,11 @@ def test_an_unknown_compilation_is_refused(tmp_path: Path) -> None:
         load(EngineOptions(weights=tmp_path, device="cpu", compilation="max"))
 
 
+def test_small_memory_is_not_compiled(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="excludes compilation"):
+        load(EngineOptions(weights=tmp_path, device="cpu", memory="small", compilation="inductor"))
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of torch, as it imports its own compiler
 def test_a_compiled_engine_makes_the_same_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = build_pipeline()

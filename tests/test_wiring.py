@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -95,10 +96,32 @@ def test_a_cpu_is_warmed_up_by_a_small_picture_and_a_card_by_a_full_one(monkeypa
     wiring._warm_up(Settings.from_env({"VTON_WIDTH": "512", "VTON_HEIGHT": "768"}), Models(engine, masker))
     (settings,), (inputs,) = engine.made, engine.given
     assert (settings.width, settings.height, settings.steps) == made
-    assert settings.guidance > 1  # both branches
+    assert (settings.guidance, settings.quality) == (2.5, "exact")
     assert inputs.person.shape == inputs.garment.shape == (*inputs.mask.shape, 3) == (made[1], made[0], 3)
     assert set(np.unique(inputs.mask)) == {0, 255}
     assert masker.seen == [inputs.person.shape]
+
+
+def test_what_requests_get_by_default_is_warmed_up(monkeypatch):
+    monkeypatch.setattr(wiring, "device_of", lambda _name: "cuda")
+    engine = RememberingEngine()
+    wiring._warm_up(Settings.from_env({"VTON_QUALITY": "fast", "VTON_GUIDANCE": "1"}), Models(engine, None))
+    assert [(settings.guidance, settings.quality) for settings in engine.made] == [(1.0, "fast")]
+
+
+def test_every_forward_that_is_compiled_is_compiled_at_the_start(monkeypatch):
+    monkeypatch.setattr(wiring, "device_of", lambda _name: "cuda")
+    engine, batches = RememberingEngine(), set()
+
+    def generate_batch(inputs, settings):
+        batches.update((len(inputs), each.guidance > 1, each.quality) for each in settings)
+        assert {each.steps for each in settings} == {2}  # in the second, deep layers are reused
+        return [engine.generate(*each) for each in zip(inputs, settings)]
+
+    monkeypatch.setattr(engine, "generate_batch", generate_batch, raising=False)
+    environ = {"VTON_COMPILE": "inductor", "VTON_MAX_BATCH": "2"}
+    wiring._warm_up(Settings.from_env(environ), Models(engine, None))
+    assert batches == set(itertools.product((1, 2), (True, False), ("exact", "balanced")))
 
 
 def test_the_device_is_the_one_that_the_engine_takes():

@@ -8,7 +8,7 @@ import torch
 
 OFF, INDUCTOR, GRAPHS = "off", "inductor", "graphs"
 COMPILATIONS = (OFF, INDUCTOR, GRAPHS)
-SHAPES = 16  # forwards that are compiled for one process: with and without guidance, whole and half, by batch
+SHAPES = 96  # of one process: guided or not, exact, deep layers kept or reused, each by as many pictures as 16
 
 
 def compile_unet(unet: torch.nn.Module, how: str) -> None:

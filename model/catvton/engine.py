@@ -12,7 +12,7 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image as PillowImage
 
 from model import embedded
-from model.catvton.compiling import compile_unet
+from model.catvton.compiling import OFF, compile_unet
 from model.catvton.knobs import QUALITIES
 from model.catvton.latent_cache import LatentCache
 from model.catvton.pipeline import CatVTONPipeline
@@ -35,7 +35,7 @@ def load(options: EngineOptions) -> Engine:
     """The engine that the options describe, on its device; `model.load_engine` proves its files beside that.
 
     Raises:
-        ValueError: an unknown device, dtype, memory or variant, or CUDA where there is none.
+        ValueError: an unknown device, dtype, memory or variant, CUDA where there is none, or small memory compiled.
         WeightsError: a weight file is missing or does not fit.
     """
     diffusers_logging.disable_default_handler()  # its lines go where the process's lines go
@@ -43,6 +43,8 @@ def load(options: EngineOptions) -> Engine:
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
     small = _is_small(options.memory)
+    if small and options.compilation != OFF:
+        raise ValueError("memory small excludes compilation: what comes and goes cannot be compiled in one piece")
     home = torch.device("cpu") if small else device  # where the weights lie between two pictures
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if options.tf32 else "highest")

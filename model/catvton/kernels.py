@@ -7,12 +7,13 @@ import statistics
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Callable
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+
+from model.device import is_device_failure
 
 CANDIDATES = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 RUNS = 3
@@ -28,7 +29,8 @@ _chosen: dict[Shape, SDPBackend] = {}
 def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """softmax(q k / sqrt(channels)) v of (B, heads, tokens, channels), by the fastest kernel for these shapes.
 
-    On CUDA the kernels are timed when a shape is first seen, which is at the warm-up. Elsewhere there is one.
+    On CUDA the kernels are timed when a shape is first seen, which is at the warm-up. Elsewhere there is one, and what
+    is compiled keeps torch's own choice.
     """
     if queries.device.type != "cuda" or torch.compiler.is_compiling():
         return scaled_dot_product_attention(queries, keys, values)
@@ -40,8 +42,13 @@ def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> t
 
 
 def chosen_kernels() -> dict[str, str]:
-    """The kernels chosen so far, by shape: "2x8x24576x40" -> "CUDNN_ATTENTION"."""
-    return {"x".join(map(str, queries)): kernel.name for (_, _, queries, _), kernel in _chosen.items()}
+    """The kernels chosen so far, by the shapes of queries and keys: "2x8x12288x40 to 24576" -> "CUDNN_ATTENTION"."""
+    return {_named(queries, keys): kernel.name for (_, _, queries, keys), kernel in _chosen.items()}
+
+
+def forget_kernels() -> None:
+    """Time the kernels anew."""
+    _chosen.clear()
 
 
 def fastest(candidates: Sequence[SDPBackend], time_of: Callable[[SDPBackend], float]) -> SDPBackend:
@@ -50,13 +57,21 @@ def fastest(candidates: Sequence[SDPBackend], time_of: Callable[[SDPBackend], fl
     Args:
         candidates: in order of preference.
         time_of: seconds of one call; raises RuntimeError where the kernel cannot take the shape.
+    Raises:
+        OutOfMemoryError, RuntimeError: memory was short, or the device failed; neither says anything of a kernel.
     """
     best, best_s = SDPBackend.MATH, float("inf")
     for kernel in candidates:
-        with suppress(RuntimeError):
+        try:
             taken_s = time_of(kernel)
-            if taken_s < BETTER * best_s:
-                best, best_s = kernel, taken_s
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as exc:
+            if is_device_failure(exc):
+                raise
+            continue
+        if taken_s < BETTER * best_s:
+            best, best_s = kernel, taken_s
     return best
 
 
@@ -72,8 +87,12 @@ def _fastest_on_cuda(queries: torch.Tensor, keys: torch.Tensor, values: torch.Te
             return statistics.median(_seconds(queries, keys, values) for _ in range(RUNS))
 
     kernel = fastest(CANDIDATES, time_of)
-    log.info("attention_kernel", extra={"kernel": kernel.name, "shape": "x".join(map(str, queries.shape))})
+    log.info("attention_kernel", extra={"kernel": kernel.name, "shape": _named(queries.shape, keys.shape)})
     return kernel
+
+
+def _named(queries: Sequence[int], keys: Sequence[int]) -> str:
+    return f"{'x'.join(map(str, queries))} to {keys[-2]}"
 
 
 def _seconds(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> float:
