@@ -114,7 +114,8 @@ function tell(error, place = placeOf(error)) {
   if (error.status === 0 || error.code === "not_ready") watch();
   let advice = error.code === "person_not_found" ? " Another photo may help, or a mask painted by hand." : "";
   if (error.retryable && place === "run") advise(error.retryAfterS);
-  else if (error.retryable) advice = ` Trying again may help${error.retryAfterS ? ` in ${error.retryAfterS} s` : ""}.`;
+  else if (error.retryable && !/try again/i.test(error.sentence))
+    advice = ` Trying again may help${error.retryAfterS ? ` in ${error.retryAfterS} s` : ""}.`;
   setError(place, `${error.sentence}${advice}`);
 }
 
