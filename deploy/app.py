@@ -5,19 +5,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from aws_cdk import App, Aspects
 from cdk_nag import AwsSolutionsChecks
 
+from container.errors import InvalidJson
+from container.strict_json import loads
 from deploy.cdk_context import Plan, PlanError
 from deploy.cdk_stack import REPOSITORY, VtonStack
 
 CDK_JSON = Path(__file__).with_name("cdk.json")
 OUT = REPOSITORY / "cdk.out"
+OF_THE_COMMAND_LINE = "CDK_CONTEXT_JSON"  # which the CDK reads by itself
 
 
 def make_app(context: dict[str, object], folder: str) -> App:
@@ -39,8 +42,9 @@ def make_app(context: dict[str, object], folder: str) -> App:
 
 def main() -> int:
     """Writes the templates; the exit status, 2 where a context value is refused."""
-    context = json.loads(CDK_JSON.read_text())["context"]
     try:
+        _object(OF_THE_COMMAND_LINE, os.fsencode(os.environ.get(OF_THE_COMMAND_LINE, "")) or b"{}")
+        context = _object(CDK_JSON.name, CDK_JSON.read_bytes())["context"]
         assembly = make_app(context, os.environ.get("CDK_OUTDIR", str(OUT))).synth()
     except PlanError as exc:
         sys.stderr.write(f"deployment refused: {exc}\n")
@@ -48,6 +52,16 @@ def main() -> int:
     for stack in assembly.stacks:
         sys.stdout.write(f"{stack.template_full_path}\n")
     return 0
+
+
+def _object(name: str, text: bytes) -> dict[str, Any]:
+    try:
+        found = loads(text)
+    except InvalidJson as exc:
+        raise PlanError(f"{name} is not JSON, or has a name twice") from exc
+    if not isinstance(found, dict):
+        raise PlanError(f"{name} must be a JSON object")
+    return found
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ MINUTE, FIVE_MINUTES = Duration.minutes(1), Duration.minutes(5)
 MAX_FAILED_PERCENT = 5
 MAX_TURNED_AWAY_PERCENT = 5
 MAX_LATENCY_US = 50_000_000  # the platform ends a call at 60 s
-MAX_FULL_PERCENT = 90
+MAX_FULL_PERCENT = 90  # of one GPU, too, for no instance has several: the platform counts 100 for each
 MAX_JOB_AGE_S = 1800
 MAX_MESSAGE_AGE_S = 900
 STUCK_MINUTES = 20  # an instance takes less, weights included
@@ -65,7 +65,7 @@ class Watch:
         self._alarms: list[cloudwatch.Alarm] = []
         self._rows: list[list[cloudwatch.IWidget]] = []
 
-    def queues(self, taken: list[sqs.Queue], dead: list[sqs.Queue]) -> None:
+    def queues(self, taken: list[sqs.IQueue], dead: list[sqs.IQueue]) -> None:
         """Watches for messages that wait too long in `taken` queues, and for any message in `dead` ones."""
         for queue in dead:
             depth = queue.metric_approximate_number_of_messages_visible(period=FIVE_MINUTES)

@@ -1,13 +1,13 @@
 """What a deployment can be told: the CDK context, checked before anything is made of it.
 
-Values come from `-c name=value`, which is always text, or from `cdk.json`. Names in lower case that are not known are
-refused, so that a typing error is found before the first resource; CDK's own names are not of that form.
+Values come from `-c name=value`, which is always text, or from `cdk.json`. Names that are not known are refused, so
+that a typing error is found before the first resource; all but two of CDK's own have ":", "@" or "/" in them.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
+import ipaddress
 import re
 from collections.abc import Mapping
 from typing import Dict, List, Literal, Optional, Tuple
@@ -23,42 +23,34 @@ from pydantic import (
 )
 from typing_extensions import Annotated
 
-from container.settings import PREFIX, Settings, SettingsError
+from container.settings import PREFIX
+from deploy.cdk_settings import as_variables, refuse_unfit, require_a_start
 
 Mode = Literal["realtime", "asynchronous"]
 REALTIME: Mode = "realtime"
 ASYNCHRONOUS: Mode = "asynchronous"
-OWN_NAME = re.compile(r"[a-z0-9_]+")
+OWN_NAME = re.compile(r"[^:@/]*")
+NAMES_OF_CDK = ("acknowledged-issue-numbers", "cli-telemetry")  # its command line keeps them in cdk.context.json
+JOBS = "asynchronous/"  # requests and answers of asynchronous jobs, all of which expire
 IMAGE = re.compile(
     r"(?P<account>[0-9]{12})\.dkr\.ecr\.(?P<region>[a-z0-9-]+)\.amazonaws\.com(\.cn)?/"
     r"(?P<repository>[a-z0-9]+(?:[._/-]+[a-z0-9]+)*)(:(?P<tag>\w[\w.-]{0,127})|@(?P<digest>sha256:[0-9a-f]{64}))"
 )
 WEIGHTS_URI = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/(?P<prefix>([A-Za-z0-9!_.'()-]+/)*)")
 EMBEDDED, BAKED = "embedded", "baked"
-INSTANCE_TYPE = re.compile(r"ml\.(?P<family>[a-z0-9-]+)\.[0-9a-z]+")
-# NVIDIA, x86_64, compute capability 7.5 to 9.0: what torch's CUDA 11.8 build has kernels for.
-FAMILIES = ("g4dn", "g5", "g6", "g6e", "p4d", "p4de", "p5", "p5e", "p5en")
+# One NVIDIA GPU, for the service is one process on one, and the limit of the alarm on its memory counts one. x86_64, of
+# compute capability 7.5 to 9.0: what torch's CUDA 11.8 build has kernels for.
+INSTANCE_TYPE = re.compile(r"ml\.((g4dn|g5|g6|g6e)\.(2|4|8|16)?xlarge|p5\.4xlarge)")
+LOOKS_LIKE_ONE = re.compile(r"ml\.(?P<family>[a-z0-9-]+)\.[0-9a-z]+")
 BLACKWELL = re.compile(r"(g7|p6).*")
 STACK_NAME = r"^[A-Za-z]([A-Za-z0-9-]{0,47}[A-Za-z0-9])?$"  # with "-asynchronous" an endpoint's name, at most 63
+QUEUE_ARN = r"^arn:aws[a-z-]*:sqs:[a-z0-9-]+:[0-9]{12}:[A-Za-z0-9_-]{1,80}$"  # no ".fifo": messages name no group
 REALTIME_DEADLINE_S = 55  # the platform ends a call at 60
-SET_BY_THE_STACK = {
-    f"{PREFIX}{name}"
-    for name in (
-        "WEIGHTS",
-        "BUCKET",
-        "KEY_PREFIX",
-        "QUEUE_URL",
-        "MASK_QUEUE_URL",
-        "DEADLINE_S",
-        "MAX_IN_FLIGHT",
-        "METRICS_NAMESPACE",
-        "OUTPUT_DIR",
-        "PORT",
-    )
-}
-SECRETS = (f"{PREFIX}LOG_SALT", f"{PREFIX}API_KEYS")
-REFERENCE = re.compile(r"\{\{resolve:(secretsmanager|ssm-secure):[^{}]+\}\}")
-MAX_VARIABLE_CHARACTERS = 1024  # SageMaker's, for the name and the value of each variable
+# A job that timed out keeps its place until its picture is finished, while the platform sends the next at once. Without
+# a place that would get 429, with which an asynchronous job fails for good.
+PLACES_PER_JOB = 2
+ANYWHERE = "0.0.0.0/0"
+MAX_RULES = 60  # of a security group, unless EC2's quota is raised
 
 
 class PlanError(Exception):
@@ -94,17 +86,22 @@ class Plan(BaseModel):
         asynchronous_max_instances: of the asynchronous endpoint.
         concurrent_requests_target: requests in flight per instance above which the real-time endpoint grows.
         backlog_target: jobs queued or running per instance above which the asynchronous endpoint grows.
-        max_in_flight: requests that one container admits, running and waiting.
+        max_in_flight: requests that a real-time container admits, running and waiting; jobs that an asynchronous one is
+            given at a time.
         asynchronous_deadline_s: seconds for one job, once it is read from S3.
-        asynchronous_days: days after which requests and answers of asynchronous jobs expire; results stay.
+        asynchronous_days: days after which answers of asynchronous jobs expire; requests do after one, results stay.
         health_check_timeout_s: from the start of a container to its first good ping, 60-3600.
         download_timeout_s: for the weights of an instance, 60-3600.
         inference_ami: driver and container toolkit of the instances.
         encrypt_volume: KMS key on the endpoint configuration; instances with local NVMe may refuse it.
         vpc_id: an existing VPC; with it, subnet_ids.
         subnet_ids: at least two, with a way to the image hosts.
+        egress_cidrs: networks, IPv4 or IPv6, that are reached from the VPC, by https alone.
         network_isolation: refused: the service fetches URLs.
         key_prefix: before every key of a result, "" or a path that ends in "/".
+        bucket: name of an existing one for the pictures and the jobs; None makes one.
+        queue_arn: of an existing queue for the messages of pictures; None makes one.
+        mask_queue_arn: of an existing queue for the messages of masks; None makes one.
         alarm_email: gets the alarms, once the address is confirmed.
         settings: further VTON_ variables of the container; secrets as {{resolve:secretsmanager:...}} only.
     """
@@ -122,7 +119,7 @@ class Plan(BaseModel):
     asynchronous_max_instances: Count = Field(default=2, ge=1, le=1000)
     concurrent_requests_target: Amount = Field(default=2, gt=0, le=1000, allow_inf_nan=False)
     backlog_target: Amount = Field(default=4, gt=0, le=10_000, allow_inf_nan=False)
-    max_in_flight: Count = Field(default=8, ge=1, le=1000)
+    max_in_flight: Count = Field(default=8, ge=1, le=1000 // PLACES_PER_JOB)
     asynchronous_deadline_s: Count = Field(default=840, ge=1, le=3540)
     asynchronous_days: Count = Field(default=7, ge=1, le=3650)
     health_check_timeout_s: Count = Field(default=900, ge=60, le=3600)
@@ -138,8 +135,14 @@ class Plan(BaseModel):
     subnet_ids: Annotated[
         Tuple[Annotated[str, Field(pattern=r"^subnet-[0-9a-f]{8,17}$")], ...], BeforeValidator(_listed)
     ] = Field(default=(), max_length=16)
+    egress_cidrs: Annotated[Tuple[str, ...], BeforeValidator(_listed)] = Field(
+        default=(ANYWHERE,), max_length=MAX_RULES
+    )
     network_isolation: bool = False
     key_prefix: str = Field(default="", pattern=r"^([A-Za-z0-9_-]+/)*$")
+    bucket: Optional[str] = Field(default=None, pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
+    queue_arn: Optional[str] = Field(default=None, pattern=QUEUE_ARN)
+    mask_queue_arn: Optional[str] = Field(default=None, pattern=QUEUE_ARN)
     alarm_email: Optional[str] = Field(default=None, pattern=r"^[^@\s]+@[^@\s]+\.[^@\s]+$")
     settings: Dict[str, str] = Field(default_factory=dict)
 
@@ -178,14 +181,42 @@ class Plan(BaseModel):
     @field_validator("instance_type")
     @classmethod
     def _has_a_gpu_that_torch_knows(cls, instance_type: str) -> str:
-        match = INSTANCE_TYPE.fullmatch(instance_type)
+        match = LOOKS_LIKE_ONE.fullmatch(instance_type)
         if match is None:
             raise ValueError("must look like ml.g5.xlarge")
         if BLACKWELL.fullmatch(match["family"]):
             raise ValueError("is a Blackwell GPU, for which torch's CUDA 11.8 build has no kernels")
-        if match["family"] not in FAMILIES:
-            raise ValueError(f"must be of a family with a GPU that is known to work: {', '.join(FAMILIES)}")
+        if not INSTANCE_TYPE.fullmatch(instance_type):
+            raise ValueError(
+                "must have exactly one GPU, of a kind that is known to work: g4dn, g5, g6 or g6e "
+                "as xlarge, 2xlarge, 4xlarge, 8xlarge or 16xlarge, or ml.p5.4xlarge"
+            )
         return instance_type
+
+    @field_validator("key_prefix")
+    @classmethod
+    def _stays(cls, key_prefix: str) -> str:
+        if key_prefix.startswith(JOBS):
+            raise ValueError(f"must not begin with {JOBS}: what lies there expires")
+        return key_prefix
+
+    @field_validator("subnet_ids", "egress_cidrs")
+    @classmethod
+    def _none_twice(cls, names: Tuple[str, ...]) -> Tuple[str, ...]:
+        if len(set(names)) < len(names):
+            raise ValueError("must name none twice")
+        return names
+
+    @field_validator("egress_cidrs")
+    @classmethod
+    def _are_networks(cls, cidrs: Tuple[str, ...]) -> Tuple[str, ...]:
+        if not cidrs:
+            raise ValueError("must name at least one: the service fetches URLs and writes to S3")
+        for cidr in cidrs:
+            network = str(ipaddress.ip_network(cidr))
+            if cidr != network:
+                raise ValueError(f"must have {network} instead of {cidr}, the one way to write it")
+        return cidrs
 
     @field_validator("network_isolation")
     @classmethod
@@ -197,29 +228,12 @@ class Plan(BaseModel):
     @field_validator("settings", mode="before")
     @classmethod
     def _as_variables(cls, settings: object) -> object:
-        if isinstance(settings, str):
-            try:
-                settings = json.loads(settings)
-            except ValueError as exc:
-                raise ValueError("must be a JSON object of VTON_ variables") from exc
-        if not isinstance(settings, dict):
-            raise ValueError("must be a JSON object of VTON_ variables")  # noqa: TRY004 - as above
-        if not all(isinstance(value, (str, int, float)) for value in settings.values()):
-            raise ValueError("must have texts, numbers or truth values; a list is text with commas")
-        return {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in settings.items()}
+        return as_variables(settings)
 
     @field_validator("settings")
     @classmethod
     def _may_be_set_here(cls, settings: Dict[str, str]) -> Dict[str, str]:
-        for name, value in settings.items():
-            if not name.startswith(PREFIX):
-                raise ValueError(f"{name} is no VTON_ variable")
-            if name in SET_BY_THE_STACK:
-                raise ValueError(f"{name} is set by the stack")
-            if name in SECRETS and not REFERENCE.fullmatch(value):
-                raise ValueError(f"{name} is a secret: give it as {{{{resolve:secretsmanager:...}}}}")
-            if len(value) > MAX_VARIABLE_CHARACTERS:
-                raise ValueError(f"{name} is longer than the {MAX_VARIABLE_CHARACTERS} characters that SageMaker takes")
+        refuse_unfit(settings)
         return settings
 
     @model_validator(mode="after")
@@ -232,25 +246,26 @@ class Plan(BaseModel):
                 raise ValueError(f"{least} is above {most}")
         if (self.vpc_id is None) != (not self.subnet_ids):
             raise ValueError("vpc_id and subnet_ids belong together")
-        if len(set(self.subnet_ids)) == 1:
+        if len(self.subnet_ids) == 1:
             raise ValueError("subnet_ids needs at least two, in different zones")
+        if self.vpc_id is None and self.egress_cidrs != (ANYWHERE,):
+            raise ValueError("egress_cidrs needs vpc_id")
+        if self.weights == BAKED and self.image is None:
+            raise ValueError(f"weights {BAKED} needs image, one that carries them: a build of the target {BAKED}")
         return self
 
     @model_validator(mode="after")
     def _the_container_will_start(self) -> Plan:
         for mode in self.modes:
-            try:
-                Settings.from_env({**self.variables(mode), f"{PREFIX}METRICS_NAMESPACE": "vton"})
-            except SettingsError as exc:
-                raise ValueError(f"settings: the container would refuse {exc}") from exc
+            require_a_start({**self.variables(mode), f"{PREFIX}METRICS_NAMESPACE": "vton"})
         return self
 
     def variables(self, mode: Mode) -> Dict[str, str]:
         """The container's variables as far as they are known before anything is deployed."""
-        own = {
-            f"{PREFIX}DEADLINE_S": str(REALTIME_DEADLINE_S if mode == REALTIME else self.asynchronous_deadline_s),
-            f"{PREFIX}MAX_IN_FLIGHT": str(self.max_in_flight),
-        }
+        deadline_s, places = REALTIME_DEADLINE_S, self.max_in_flight
+        if mode == ASYNCHRONOUS:
+            deadline_s, places = self.asynchronous_deadline_s, PLACES_PER_JOB * self.max_in_flight
+        own = {f"{PREFIX}DEADLINE_S": str(deadline_s), f"{PREFIX}MAX_IN_FLIGHT": str(places)}
         if self.key_prefix:
             own[f"{PREFIX}KEY_PREFIX"] = self.key_prefix
         if self.weights != BAKED:
@@ -270,7 +285,7 @@ class Plan(BaseModel):
         Raises:
             PlanError: a value is unknown or out of range; the text names it.
         """
-        own = {name: value for name, value in context.items() if OWN_NAME.fullmatch(name)}
+        own = {name: context[name] for name in context if OWN_NAME.fullmatch(name) and name not in NAMES_OF_CDK}
         unknown = sorted(own.keys() - cls.model_fields.keys())
         if unknown:
             close = difflib.get_close_matches(unknown[0], cls.model_fields, n=1)

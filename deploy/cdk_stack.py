@@ -25,12 +25,13 @@ from constructs import Construct
 
 from container.settings import PREFIX
 from deploy.cdk_alarms import INSTANCES, Watch
-from deploy.cdk_context import ASYNCHRONOUS, IMAGE, WEIGHTS_URI, Plan
+from deploy.cdk_context import ASYNCHRONOUS, IMAGE, JOBS, WEIGHTS_URI, Plan
 from deploy.cdk_endpoint import Endpoint, Hosting, JobPlaces
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TARGET = "sagemaker"  # of the Dockerfile
-JOBS = "asynchronous/"  # requests and answers of asynchronous jobs, all of which expire
+INPUTS, ANSWERS = f"{JOBS}inputs/", (f"{JOBS}outputs/", f"{JOBS}failures/")
+INPUT_DAYS = 1  # the fewest that there are; a job waits for 6 hours at most
 NONCURRENT_DAYS = 30  # an object that was deleted is gone for good after so many
 ACCESS_LOG_DAYS = 90
 MESSAGE_DAYS = 14
@@ -40,12 +41,11 @@ LOG_BY_POLICY = "@aws-cdk/aws-s3:serverAccessLogsUseBucketPolicy"  # ACLs are of
 
 @dataclass(frozen=True)
 class Queues:
-    """Where the service tells of finished pictures and masks, and where undeliverable messages end."""
+    """Where the service tells of finished pictures and masks, and where undeliverable messages of new queues end."""
 
-    results: sqs.Queue
-    masks: sqs.Queue
-    dead_results: sqs.Queue
-    dead_masks: sqs.Queue
+    results: sqs.IQueue
+    masks: sqs.IQueue
+    dead: list[sqs.IQueue]
 
 
 class VtonStack(Stack):
@@ -67,9 +67,7 @@ class VtonStack(Stack):
         self.operators = self._make_operators()
         self.role = self._make_role()
         watch = Watch(self, self.operators)
-        watch.queues(
-            taken=[self.queues.results, self.queues.masks], dead=[self.queues.dead_results, self.queues.dead_masks]
-        )
+        watch.queues(taken=[self.queues.results, self.queues.masks], dead=self.queues.dead)
         hosting = Hosting(self.role, self._image(), self._network(), self.key, self._variables())
         for mode in plan.modes:
             jobs = self._job_places() if mode == ASYNCHRONOUS else None
@@ -92,17 +90,9 @@ class VtonStack(Stack):
         )
         return key
 
-    def _make_bucket(self) -> s3.Bucket:
-        access_logs = s3.Bucket(
-            self,
-            "AccessLogs",
-            block_public_access=s3.BlockPublicAccess.BLOCK_ALL,
-            encryption=s3.BucketEncryption.S3_MANAGED,  # S3 delivers its logs with no other
-            enforce_ssl=True,
-            versioned=True,
-            lifecycle_rules=[_expiry(ACCESS_LOG_DAYS), _tidying()],
-            removal_policy=RemovalPolicy.RETAIN,
-        )
+    def _make_bucket(self) -> s3.IBucket:
+        if self._plan.bucket is not None:
+            return s3.Bucket.from_bucket_name(self, "Bucket", self._plan.bucket)
         return s3.Bucket(
             self,
             "Bucket",
@@ -113,20 +103,42 @@ class VtonStack(Stack):
             enforce_ssl=True,
             object_ownership=s3.ObjectOwnership.BUCKET_OWNER_ENFORCED,
             versioned=True,
-            lifecycle_rules=[_expiry(self._plan.asynchronous_days, JOBS), _tidying()],
-            server_access_logs_bucket=access_logs,
+            lifecycle_rules=[*self._expiries_of_jobs(), _tidying()],
+            server_access_logs_bucket=self._make_access_logs(),
             server_access_logs_prefix="bucket/",
             removal_policy=RemovalPolicy.RETAIN,
         )
 
-    def _make_queues(self) -> Queues:
-        dead_results, dead_masks = self._make_queue("DeadResults"), self._make_queue("DeadMasks")
-        return Queues(
-            results=self._make_queue("Results", dead_results),
-            masks=self._make_queue("Masks", dead_masks),
-            dead_results=dead_results,
-            dead_masks=dead_masks,
+    def _make_access_logs(self) -> s3.Bucket:
+        return s3.Bucket(
+            self,
+            "AccessLogs",
+            block_public_access=s3.BlockPublicAccess.BLOCK_ALL,
+            encryption=s3.BucketEncryption.S3_MANAGED,  # S3 delivers its logs with no other
+            enforce_ssl=True,
+            versioned=True,
+            lifecycle_rules=[_expiry(ACCESS_LOG_DAYS), _tidying()],
+            removal_policy=RemovalPolicy.RETAIN,
         )
+
+    def _expiries_of_jobs(self) -> list[s3.LifecycleRule]:
+        """None without an asynchronous endpoint: what lies there then is no job's."""
+        if ASYNCHRONOUS not in self._plan.modes:
+            return []
+        answers = [_expiry(self._plan.asynchronous_days, folder) for folder in ANSWERS]
+        return [_expiry(INPUT_DAYS, INPUTS, noncurrent_days=INPUT_DAYS), *answers]
+
+    def _make_queues(self) -> Queues:
+        results, dead_results = self._queue("Results", self._plan.queue_arn)
+        masks, dead_masks = self._queue("Masks", self._plan.mask_queue_arn)
+        return Queues(results, masks, dead=[*dead_results, *dead_masks])
+
+    def _queue(self, name: str, arn: str | None) -> tuple[sqs.IQueue, list[sqs.IQueue]]:
+        """The queue of that ARN, or a new one, and with it the one of its undeliverable messages."""
+        if arn is not None:
+            return sqs.Queue.from_queue_arn(self, name, arn), []
+        dead = self._make_queue(f"Dead{name}")
+        return self._make_queue(name, dead), [dead]
 
     def _make_queue(self, name: str, dead: sqs.Queue | None = None) -> sqs.Queue:
         return sqs.Queue(
@@ -208,18 +220,15 @@ class VtonStack(Stack):
         return self._plan.image
 
     def _network(self) -> sagemaker.CfnModel.VpcConfigProperty | None:
-        """The VPC, if there is one: nothing comes in but from the platform, and https alone goes out."""
+        """The VPC, if there is one: nothing comes in but from the platform, and https alone goes out, where it may."""
         if self._plan.vpc_id is None:
             return None
-        https = ec2.CfnSecurityGroup.EgressProperty(
-            ip_protocol="tcp", from_port=443, to_port=443, cidr_ip="0.0.0.0/0", description="https"
-        )
         group = ec2.CfnSecurityGroup(
             self,
             "Egress",
             group_description="The containers of the endpoint: https out, nothing in",
             vpc_id=self._plan.vpc_id,
-            security_group_egress=[https],
+            security_group_egress=[_https_to(cidr) for cidr in self._plan.egress_cidrs],
         )
         self._grant_interfaces(group)
         return sagemaker.CfnModel.VpcConfigProperty(
@@ -254,14 +263,14 @@ class VtonStack(Stack):
             succeeded=self._make_topic("Succeeded"),
             failed=self._make_topic("Failed"),
         )
-        self._grant(self.role, ["s3:GetObject"], self.bucket.arn_for_objects(f"{JOBS}inputs/*"))
+        self._grant(self.role, ["s3:GetObject"], self.bucket.arn_for_objects(f"{INPUTS}*"))
         answers = ["s3:PutObject", "s3:AbortMultipartUpload"]
-        for folder in ("outputs", "failures"):
-            self._grant(self.role, answers, self.bucket.arn_for_objects(f"{JOBS}{folder}/*"))
+        for folder in ANSWERS:
+            self._grant(self.role, answers, self.bucket.arn_for_objects(f"{folder}*"))
         self._grant(self.role, ["sns:Publish"], places.succeeded.topic_arn, places.failed.topic_arn)
         CfnOutput(self, "SucceededTopicArn", value=places.succeeded.topic_arn)
         CfnOutput(self, "FailedTopicArn", value=places.failed.topic_arn)
-        CfnOutput(self, "JobInputs", value=f"s3://{places.bucket}/{JOBS}inputs/")
+        CfnOutput(self, "JobInputs", value=f"s3://{places.bucket}/{INPUTS}")
         return places
 
     def _tell_where(self) -> None:
@@ -270,13 +279,15 @@ class VtonStack(Stack):
             ("KeyArn", self.key.key_arn),
             ("ResultsQueueUrl", self.queues.results.queue_url),
             ("MasksQueueUrl", self.queues.masks.queue_url),
+            ("RoleArn", self.role.role_arn),
             ("OperatorsTopicArn", self.operators.topic_arn),
         ):
             CfnOutput(self, name, value=value)
 
 
-def _expiry(days: int, prefix: str | None = None) -> s3.LifecycleRule:
-    return s3.LifecycleRule(prefix=prefix, expiration=Duration.days(days))
+def _expiry(days: int, prefix: str | None = None, *, noncurrent_days: int | None = None) -> s3.LifecycleRule:
+    old = None if noncurrent_days is None else Duration.days(noncurrent_days)
+    return s3.LifecycleRule(prefix=prefix, expiration=Duration.days(days), noncurrent_version_expiration=old)
 
 
 def _tidying() -> s3.LifecycleRule:
@@ -285,6 +296,13 @@ def _tidying() -> s3.LifecycleRule:
         abort_incomplete_multipart_upload_after=Duration.days(1),
         expired_object_delete_marker=True,
         noncurrent_version_expiration=Duration.days(NONCURRENT_DAYS),
+    )
+
+
+def _https_to(cidr: str) -> ec2.CfnSecurityGroup.EgressProperty:
+    version = "cidr_ipv6" if ":" in cidr else "cidr_ip"
+    return ec2.CfnSecurityGroup.EgressProperty(
+        ip_protocol="tcp", from_port=443, to_port=443, description="https", **{version: cidr}
     )
 
 

@@ -9,11 +9,23 @@ import sys
 from pathlib import Path
 
 import pytest
-from faults.synthesis import CONTEXTS, ENDED_BY_A_REFUSAL, IMAGE, REPOSITORY, of_type, role_statements, synthesize
+from faults.synthesis import (
+    CONTEXTS,
+    ENDED_BY_A_REFUSAL,
+    IMAGE,
+    OLD_BUCKET,
+    OLD_QUEUES,
+    REPOSITORY,
+    of_type,
+    role_statements,
+    synthesize,
+)
 
 from container.settings import PREFIX, Settings
 from container.telemetry import METRIC_UNITS, OUTCOME, OUTCOMES
-from deploy.cdk_context import FAMILIES, Plan, PlanError
+from deploy.cdk_context import Plan, PlanError
+from deploy.cdk_settings import UNFIT, VARIANTS
+from model import ENGINES
 
 pytestmark = pytest.mark.slow
 
@@ -32,6 +44,7 @@ REFUSED = [
     ({"concurrent_requests_target": "0"}, "concurrent_requests_target: .* greater than 0"),
     ({"backlog_target": "nan"}, "backlog_target: "),
     ({"max_in_flight": 0}, "max_in_flight: "),
+    ({"max_in_flight": 501}, "max_in_flight: .* 500"),
     ({"health_check_timeout_s": 59}, "health_check_timeout_s: .* 60"),
     ({"download_timeout_s": 3601}, "download_timeout_s: .* 3600"),
     ({"asynchronous_deadline_s": 3601}, "asynchronous_deadline_s: "),
@@ -51,11 +64,15 @@ REFUSED = [
     ({"weights": "s3://Shop_Weights/catvton/"}, "weights: must be "),
     ({"weights": "weights/"}, "weights: must be "),
     ({"weights": ""}, "weights: must be "),
+    ({"weights": "baked"}, "^weights baked needs image, one that carries them"),
     ({"instance_type": "g5.xlarge"}, "instance_type: must look like ml.g5.xlarge"),
     ({"instance_type": "ml.g7e.2xlarge"}, "instance_type: is a Blackwell GPU"),
     ({"instance_type": "ml.p6-b200.48xlarge"}, "instance_type: is a Blackwell GPU"),
-    ({"instance_type": "ml.m5.large"}, "instance_type: must be of a family with a GPU"),
-    ({"instance_type": "ml.g5g.xlarge"}, "instance_type: must be of a family with a GPU"),
+    ({"instance_type": "ml.m5.large"}, "instance_type: must have exactly one GPU"),
+    ({"instance_type": "ml.g5g.xlarge"}, "instance_type: must have exactly one GPU"),
+    ({"instance_type": "ml.g5.12xlarge"}, "instance_type: must have exactly one GPU"),
+    ({"instance_type": "ml.g6e.48xlarge"}, "instance_type: must have exactly one GPU"),
+    ({"instance_type": "ml.p5.48xlarge"}, "instance_type: must have exactly one GPU"),
     ({"inference_ami": "latest"}, "inference_ami: "),
     ({"vpc_id": "vpc-0123456789abcdef0"}, "vpc_id and subnet_ids belong together"),
     ({"subnet_ids": "subnet-0123456789abcdef0"}, "vpc_id and subnet_ids belong together"),
@@ -64,12 +81,28 @@ REFUSED = [
         "subnet_ids needs at least two",
     ),
     ({"vpc_id": "default", "subnet_ids": "subnet-0123456789abcdef0"}, "vpc_id: "),
+    ({"subnet_ids": ["subnet-0123456789abcdef0"] * 2}, "subnet_ids: must name none twice"),
+    ({"egress_cidrs": "10.0.0.0/8"}, "egress_cidrs needs vpc_id"),
+    ({"egress_cidrs": ""}, "egress_cidrs: must name at least one"),
+    ({"egress_cidrs": "10.0.0.0/8,10.0.0.0/8"}, "egress_cidrs: must name none twice"),
+    ({"egress_cidrs": "10.0.0.1/8"}, "egress_cidrs: 10.0.0.1/8 has host bits set"),
+    ({"egress_cidrs": ["10.0.0.0"]}, "egress_cidrs: must have 10.0.0.0/32 instead of 10.0.0.0, "),
+    ({"egress_cidrs": "10.0.0.0/255.0.0.0"}, "egress_cidrs: must have 10.0.0.0/8 instead of "),
+    ({"egress_cidrs": "shop.example/8"}, "egress_cidrs: 'shop.example/8' does not appear to be"),
     ({"network_isolation": "true"}, "network_isolation: cannot be had: the service fetches URLs"),
     ({"encrypt_volume": "perhaps"}, "encrypt_volume: "),
     ({"key_prefix": "pictures"}, "key_prefix: "),
+    ({"key_prefix": "asynchronous/"}, "key_prefix: must not begin with asynchronous/: what lies there expires"),
+    ({"key_prefix": "asynchronous/inputs/"}, "key_prefix: must not begin with asynchronous/"),
+    ({"bucket": "Old_Results"}, "bucket: "),
+    ({"bucket": "s3://old-results"}, "bucket: "),
+    ({"queue_arn": "https://sqs.eu-central-1.amazonaws.com/123456789012/old"}, "queue_arn: "),
+    ({"queue_arn": "arn:aws:sqs:eu-central-1:123456789012:old.fifo"}, "queue_arn: "),
+    ({"mask_queue_arn": "old-masks"}, "mask_queue_arn: "),
     ({"alarm_email": "nobody"}, "alarm_email: "),
     ({"settings": "VTON_STEPS=30"}, "settings: must be a JSON object"),
     ({"settings": "[1]"}, "settings: must be a JSON object"),
+    ({"settings": '{"VTON_STEPS": 30, "VTON_STEPS": 40}'}, "settings: must be a JSON object"),
     ({"settings": {"VTON_IMAGE_HOSTS": ["shop.example"]}}, "settings: must have texts, numbers or truth values"),
     ({"settings": {"VTON_STEPS": None}}, "settings: must have texts, numbers or truth values"),
     ({"settings": {"STEPS": 30}}, "settings: STEPS is no VTON_ variable"),
@@ -79,9 +112,17 @@ REFUSED = [
     ({"settings": {"VTON_PORT": "9000"}}, "settings: VTON_PORT is set by the stack"),
     ({"settings": {"VTON_LOG_LEVEL": "ERROR"}}, "settings: the container would refuse VTON_METRICS_NAMESPACE needs"),
     ({"settings": {"VTON_LOG_SALT": "sixteen characters"}}, "settings: VTON_LOG_SALT is a secret"),
+    ({"settings": {"VTON_LOG_SALT": "{{resolve:ssm-secure:/vton/log-salt}}"}}, "settings: VTON_LOG_SALT is a secret"),
+    *[({"settings": {name: "1"}}, f"settings: {name} cannot be had: ") for name in sorted(UNFIT)],
+    ({"settings": {"VTON_ENGINE": "fastfit"}}, "settings: VTON_ENGINE must be one of catvton$"),
+    ({"settings": {"VTON_VARIANT": "safety"}}, "settings: VTON_VARIANT must be one of mix, vitonhd, dresscode$"),
     ({"settings": {"VTON_IMAGE_HOSTS": ",".join(["shop.example"] * 99)}}, "settings: VTON_IMAGE_HOSTS is longer"),
     ({"min_instance": 2}, "unknown context value min_instance; did you mean min_instances?"),
     ({"zzz": 2}, "unknown context value zzz$"),
+    ({"min-instances": 5}, "unknown context value min-instances; did you mean min_instances?"),
+    ({"minInstances": 5}, "unknown context value minInstances; did you mean min_instances?"),
+    ({"Settings": {}}, "unknown context value Settings; did you mean settings?"),
+    ({"weights-uri": "x"}, "unknown context value weights-uri; did you mean weights?"),
 ]
 WITHOUT_RESOURCE = {  # IAM knows none for them
     "ecr:GetAuthorizationToken",
@@ -140,7 +181,17 @@ def test_it_is_made_without_an_account_a_network_or_docker(made):
 
 def test_a_wrong_value_is_one_sentence_and_an_exit_status(made):
     assert made.statuses["wrong"] == ENDED_BY_A_REFUSAL
-    assert made.complained == "deployment refused: min_instances is above max_instances\n"
+    assert made.complained[0] == "deployment refused: min_instances is above max_instances"
+
+
+def test_a_context_that_cannot_be_read_is_one_sentence_and_an_exit_status(made):
+    garbled = ("garbled file", "not json", "[]")
+    assert [made.statuses[name] for name in garbled] == [ENDED_BY_A_REFUSAL] * 3
+    assert made.complained[1:] == [
+        "deployment refused: wrong.json is not JSON, or has a name twice",
+        "deployment refused: CDK_CONTEXT_JSON is not JSON, or has a name twice",
+        "deployment refused: CDK_CONTEXT_JSON must be a JSON object",
+    ]
 
 
 def test_the_same_context_makes_the_same_template(made):
@@ -174,19 +225,34 @@ def test_the_defaults_and_the_context_of_cdk_itself_are_taken():
         "@aws-cdk/core:x": True,
         "aws:cdk:enable-analytics": 1,
         "availability-zones:account=1": [],
-        "cli-telemetry": 0,
+        "aws-cdk:enableDiffNoFail": True,
+        "cli-telemetry": False,
+        "acknowledged-issue-numbers": [34892],
     }
     assert Plan.from_context(own) == Plan()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_known_instances_are_taken(family):
-    assert Plan.from_context({"instance_type": f"ml.{family}.xlarge"}).instance_type == f"ml.{family}.xlarge"
+@pytest.mark.parametrize("instance_type", [f"ml.{one}xlarge" for one in ("g4dn.", "g5.2", "g6.4", "g6e.16", "p5.4")])
+def test_known_instances_are_taken(instance_type):
+    assert Plan.from_context({"instance_type": instance_type}).instance_type == instance_type
+
+
+def test_engines_and_variants_are_those_of_the_container():
+    from model.catvton.published import ATTENTION_FOLDERS  # its package loads torch
+
+    assert VARIANTS.keys() == ENGINES.keys()
+    assert VARIANTS["catvton"] == tuple(ATTENTION_FOLDERS)
 
 
 def test_a_secret_may_be_referred_to():
     salt = "{{resolve:secretsmanager:vton/log-salt}}"
     assert Plan.from_context({"settings": {"VTON_LOG_SALT": salt}}).settings["VTON_LOG_SALT"] == salt
+
+
+def test_the_readme_names_every_context_value():
+    table = (REPOSITORY / "deploy" / "README.md").read_text().partition("## Metrics")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == set(Plan.model_fields)
 
 
 def test_cdk_json_runs_the_app():
@@ -253,11 +319,18 @@ def test_requests_and_answers_of_jobs_expire_and_results_do_not(both):
     rules = in_mode(both, "S3::Bucket", "Bucket")["LifecycleConfiguration"]["Rules"]
     assert all(rule["Status"] == "Enabled" for rule in rules)
     expiring = {rule.get("Prefix"): rule["ExpirationInDays"] for rule in rules if "ExpirationInDays" in rule}
-    assert expiring == {"asynchronous/": 7}
+    assert expiring == {"asynchronous/inputs/": 1, "asynchronous/outputs/": 7, "asynchronous/failures/": 7}
+    (of_inputs,) = [rule for rule in rules if rule.get("Prefix") == "asynchronous/inputs/"]
+    assert of_inputs["NoncurrentVersionExpiration"] == {"NoncurrentDays": 1}
     (everywhere,) = [rule for rule in rules if "Prefix" not in rule]
     assert everywhere["NoncurrentVersionExpiration"] == {"NoncurrentDays": 30}
     assert everywhere["AbortIncompleteMultipartUpload"] == {"DaysAfterInitiation": 1}
     assert everywhere["ExpiredObjectDeleteMarker"] is True
+
+
+def test_without_jobs_nothing_expires(made):
+    rules = in_mode(made.template("default"), "S3::Bucket", "Bucket")["LifecycleConfiguration"]["Rules"]
+    assert not any("ExpirationInDays" in rule for rule in rules)
 
 
 def test_accesses_to_the_pictures_are_logged(both):
@@ -473,7 +546,7 @@ def test_two_stacks_share_no_name(made):
 
 def test_another_instance_or_image_leaves_the_bucket_and_the_queues_as_they_are(made):
     for kind in ("S3::Bucket", "SQS::Queue", "KMS::Key"):
-        assert of_type(made.template("default"), kind) == of_type(made.template("two"), kind)
+        assert of_type(made.template("jobs"), kind) == of_type(made.template("two"), kind)
 
 
 def variant_of(template, mode):
@@ -566,8 +639,6 @@ def test_the_asynchronous_endpoint_goes_to_zero_and_comes_back(both):
 
 def test_jobs_are_answered_in_the_bucket_and_told_of_on_encrypted_topics(both):
     configuration = in_mode(both, "SageMaker::EndpointConfig", "asynchronous")["AsyncInferenceConfig"]
-    places = int(variables_of(both, "asynchronous")["VTON_MAX_IN_FLIGHT"])
-    assert configuration["ClientConfig"]["MaxConcurrentInvocationsPerInstance"] <= places == 6
     output = configuration["OutputConfig"]
     assert ending(output["S3OutputPath"]) == "/asynchronous/outputs/"
     assert ending(output["S3FailurePath"]) == "/asynchronous/failures/"
@@ -578,6 +649,14 @@ def test_jobs_are_answered_in_the_bucket_and_told_of_on_encrypted_topics(both):
     (publish,) = [one for one in role_statements(both) if one["Action"] == ["sns:Publish"]]
     assert {arn["Ref"] for arn in publish["Resource"]} == topics
     assert "AsyncInferenceConfig" not in in_mode(both, "SageMaker::EndpointConfig", "realtime")
+
+
+def test_a_job_finds_a_place_while_those_that_timed_out_keep_theirs(both):
+    configuration = in_mode(both, "SageMaker::EndpointConfig", "asynchronous")["AsyncInferenceConfig"]
+    sent_at_once = configuration["ClientConfig"]["MaxConcurrentInvocationsPerInstance"]
+    assert sent_at_once == 6
+    assert int(variables_of(both, "asynchronous")["VTON_MAX_IN_FLIGHT"]) == 2 * sent_at_once
+    assert variables_of(both, "realtime")["VTON_MAX_IN_FLIGHT"] == "6"
 
 
 def test_volumes_are_encrypted_with_the_key_where_that_is_asked_for(made, both):
@@ -594,8 +673,9 @@ def test_volumes_are_encrypted_with_the_key_where_that_is_asked_for(made, both):
 def test_in_a_vpc_https_goes_out_and_nothing_comes_in(made, both):
     template = made.template("network")
     group = only(of_type(template, "EC2::SecurityGroup"))
-    (out,) = group["SecurityGroupEgress"]
-    assert (out["IpProtocol"], out["FromPort"], out["ToPort"]) == ("tcp", 443, 443)
+    allowed = group["SecurityGroupEgress"]
+    assert all((out["IpProtocol"], out["FromPort"], out["ToPort"]) == ("tcp", 443, 443) for out in allowed)
+    assert [out.get("CidrIp", out.get("CidrIpv6")) for out in allowed] == ["10.0.0.0/8", "2001:db8::/32"]
     assert "SecurityGroupIngress" not in group
     assert not of_type(template, "EC2::SecurityGroupIngress")
     for model in of_type(template, "SageMaker::Model").values():
@@ -612,6 +692,37 @@ def test_an_asynchronous_endpoint_stands_alone(made):
     assert endpoint["EndpointName"] == "vton-asynchronous"
     assert only(of_type(template, "ApplicationAutoScaling::ScalableTarget"))["MinCapacity"] == 1
     assert variables_of(template, "asynchronous")["VTON_LOG_SALT"] == CONTEXTS["jobs"]["settings"]["VTON_LOG_SALT"]
+
+
+def test_an_existing_bucket_and_existing_queues_are_used_and_left_as_they_are(made):
+    template = made.template("takeover")
+    for kind in ("S3::Bucket", "S3::BucketPolicy", "SQS::Queue", "SQS::QueuePolicy"):
+        assert not of_type(template, kind)
+    for mode in ("realtime", "asynchronous"):
+        written = variables_of(template, mode)
+        assert written["VTON_BUCKET"] == OLD_BUCKET
+        urls = [written["VTON_QUEUE_URL"], written["VTON_MASK_QUEUE_URL"]]
+        assert [ending(url) for url in urls] == ["/123456789012/old-results", "/123456789012/old-masks"]
+    output = in_mode(template, "SageMaker::EndpointConfig", "asynchronous")["AsyncInferenceConfig"]["OutputConfig"]
+    assert output["S3OutputPath"] == f"s3://{OLD_BUCKET}/asynchronous/outputs/"
+    ages = [
+        alarm["Dimensions"][0]["Value"]
+        for alarm in of_type(template, "CloudWatch::Alarm").values()
+        if alarm.get("MetricName") == "ApproximateAgeOfOldestMessage"
+    ]
+    assert ages == ["old-results", "old-masks"]
+
+
+def test_the_role_may_do_as_much_in_an_existing_bucket_and_queues_as_in_new_ones(made):
+    template, new = made.template("takeover"), made.template("two")
+    sends = [one["Resource"] for one in role_statements(template) if one["Action"] == ["sqs:SendMessage"]]
+    assert sends == [OLD_QUEUES]
+    arn = f":s3:::{OLD_BUCKET}"
+    at = {(action, ending(json.loads(where)).replace(arn, "")) for action, where in s3_grants(template)}
+    (bucket,) = [name for name in of_type(new, "S3::Bucket") if name.startswith("Bucket")]
+    own = {(action, where) for action, where in s3_grants(new) if bucket in where}
+    assert all(arn in where for _, where in s3_grants(template))
+    assert at == {(action, ending(json.loads(where)) if "Join" in where else "") for action, where in own}
 
 
 # --- what is watched
@@ -720,6 +831,7 @@ def test_a_deployment_says_where_its_parts_are(both):
         "KeyArn",
         "ResultsQueueUrl",
         "MasksQueueUrl",
+        "RoleArn",
         "OperatorsTopicArn",
         "SucceededTopicArn",
         "FailedTopicArn",

@@ -17,6 +17,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent.parent
 NO_PROXY_ANSWERS = "http://127.0.0.1:9"
 LIMIT_S = 280
 ENDED_BY_A_REFUSAL = 2
+OLD_BUCKET = "old-results"
+OLD_QUEUES = [f"arn:aws:sqs:eu-central-1:123456789012:old-{kind}" for kind in ("results", "masks")]
 IMAGE = "123456789012.dkr.ecr.eu-central-1.amazonaws.com/shop/vton@sha256:" + "0" * 64
 FROM_THE_COMMAND_LINE = {"alarm_email": "operators@shop.example"}  # as `cdk -c` hands it over
 CONTEXTS: dict[str, dict[str, object]] = {
@@ -42,14 +44,22 @@ CONTEXTS: dict[str, dict[str, object]] = {
         "weights": "baked",
         "vpc_id": "vpc-0123456789abcdef0",
         "subnet_ids": "subnet-0123456789abcdef0,subnet-0123456789abcdef1",
+        "egress_cidrs": "10.0.0.0/8,2001:db8::/32",
         "encrypt_volume": "true",
         "min_instances": "1",
         "key_prefix": "pictures/",
     },
+    "takeover": {
+        "modes": "realtime,asynchronous",
+        "image": IMAGE,
+        "bucket": OLD_BUCKET,
+        "queue_arn": OLD_QUEUES[0],
+        "mask_queue_arn": OLD_QUEUES[1],
+    },
 }
 # The first is the command itself; the others share its process, for CDK takes its time to start.
 PROGRAM = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 from deploy import app
 
@@ -59,6 +69,11 @@ for name, context in json.load(sys.stdin).items():
 app.CDK_JSON = Path(sys.argv[1]) / "wrong.json"
 app.CDK_JSON.write_text('{"context": {"min_instances": 5}}')
 statuses["wrong"] = app.main()
+app.CDK_JSON.write_text('{"context": [}')
+statuses["garbled file"] = app.main()
+for garbled in ("not json", "[]"):
+    os.environ["CDK_CONTEXT_JSON"] = garbled
+    statuses[garbled] = app.main()
 print(json.dumps(statuses))
 """
 
@@ -69,15 +84,15 @@ class Synthesis:
 
     Attributes:
         folder: with a folder of templates for each context, and one called "default".
-        statuses: the exit status of the command with the defaults, and with a wrong value.
+        statuses: the exit status of the command with the defaults, and with each wrong context.
         told: what it wrote to stdout, line by line.
-        complained: what it wrote to stderr.
+        complained: what it wrote to stderr, line by line.
     """
 
     folder: Path
     statuses: Mapping[str, int]
     told: list[str]
-    complained: str
+    complained: list[str]
 
     def text(self, context: str, stack: str = "vton") -> str:
         """The template as it is written."""
@@ -132,7 +147,7 @@ def synthesize(folder: Path) -> Synthesis:
     if done.returncode != 0:
         raise AssertionError(f"synthesis ended with {done.returncode}: {done.stderr[-4000:]}")
     *told, statuses = done.stdout.splitlines()
-    return Synthesis(folder, json.loads(statuses), told, done.stderr)
+    return Synthesis(folder, json.loads(statuses), told, done.stderr.splitlines())
 
 
 @lru_cache(maxsize=1)

@@ -7,6 +7,7 @@ import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 
 from container.errors import Outage, Refusal
 
@@ -14,9 +15,10 @@ from ..aws import s3_says, sqs_says
 from ..files import foreign_formats, png_header
 from ..image_host import drips, resets_in_the_body, says
 from ..pictures import file_of, ramp
-from ..registry import NotApplicable, row
+from ..registry import row
 from ..services import Answer, Service
 from ..stage import FIELD_OF, SIGNATURE, Stage, presigned
+from ..synthesis import of_type, synthesis_in
 
 SECRETS = (SIGNATURE, "X-Amz-Signature", "X-Amz-Credential", "X-Amz-Algorithm", "AKIASECRET", "5ecret")
 AT_ONCE = 6  # below the places that there are
@@ -176,9 +178,9 @@ def access_log(stage: Stage) -> None:
     assert not [line for line in lines if line.get("logger") == "uvicorn.access"]
 
 
-@row("P09")
-def erasure(stage: Stage) -> None:
-    """All of a user's objects lie under one prefix and can be removed."""
+@row("P09", lane="waiting")
+def erasure(stage: Stage) -> str:
+    """All of a user's objects lie under one prefix and can be removed; what jobs were asked for goes by itself."""
     service = stage.service
     done = [stage.ask(service, userId="p09-leaves").done(), stage.ask(service, userId="p09-leaves").done()]
     stage.ask(service, userId="p09-stays").done()
@@ -187,7 +189,10 @@ def erasure(stage: Stage) -> None:
     stage.s3.delete_objects(Bucket=stage.bucket, Delete={"Objects": [{"Key": key} for key in keys]})
     assert not stage.keys("users/p09-leaves/")
     assert stage.keys("users/p09-stays/")
-    raise NotApplicable(
-        "shortened: a user's objects are enumerable and removable; the documented path and the expiry of inputs come "
-        "with the deployment"
-    )
+    template = synthesis_in(Path(stage.ground.folder) / "synthesis").template("two")
+    (pictures,) = (one for name, one in of_type(template, "S3::Bucket").items() if name.startswith("Bucket"))
+    rules = pictures["LifecycleConfiguration"]["Rules"]
+    expiring = {rule.get("Prefix"): rule["ExpirationInDays"] for rule in rules if "ExpirationInDays" in rule}
+    assert expiring.pop("asynchronous/inputs/") == 1, "inputs"
+    assert all(prefix.startswith("asynchronous/") for prefix in expiring), f"results expire: {expiring}"
+    return "inputs expire in 1 day"
