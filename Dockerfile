@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1
 # hadolint global ignore=DL3006
-# The endpoint's image. Targets: `sagemaker` (the default) reads its weights from /opt/ml/model; `baked` carries those of
-# the build context `weights`; `runpod` carries them too, and is RunPod's worker. torch's wheels bring every CUDA library,
+# The endpoint's image. Targets: `sagemaker` (the default) reads its weights from /opt/ml/model; `compiled` is the same with
+# what VTON_COMPILE needs; `baked` carries the weights of the build context `weights`; `runpod` too, and is RunPod's worker. torch's wheels bring every CUDA library,
 # so the `base` image of CUDA is enough.
 # The tags are here, where hadolint does not look for them.
 ARG BASE=nvidia/cuda:11.8.0-base-ubuntu22.04
@@ -64,6 +64,17 @@ COPY --from=libraries /opt/venv /opt/venv
 
 FROM runtime AS sagemaker
 COPY --from=code /opt/app /opt/app
+
+# For VTON_COMPILE: with a compiler, and with what was compiled before, in the build context `compilations`.
+FROM scratch AS compilations
+
+FROM sagemaker AS compiled
+# hadolint ignore=DL3008
+RUN --mount=type=cache,target=/var/cache/apt --mount=type=cache,target=/var/lib/apt \
+    apt-get update && apt-get install --yes --no-install-recommends g++
+ENV VTON_COMPILE=inductor \
+    TORCHINDUCTOR_CACHE_DIR=/opt/compilations/inductor TRITON_CACHE_DIR=/opt/compilations/triton
+COPY --from=compilations / /opt/compilations
 
 FROM code AS verified
 ARG VARIANT=mix

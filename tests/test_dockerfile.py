@@ -91,6 +91,17 @@ def test_the_code_is_copied_last(stages, target):
     assert stages[target].steps[-1] == ("COPY", "--from=code /opt/app /opt/app")
 
 
+def test_the_image_for_compiled_steps_is_the_other_with_a_compiler_and_a_cache(stages):
+    compiled = stages["compiled"]
+    assert compiled.base == "sagemaker"
+    assert [name for name, _ in compiled.steps] == ["RUN", "ENV", "COPY"]
+    assert "--mount=type=cache" in compiled.all("RUN")[0]
+    assert compiled.all("COPY") == ["--from=compilations / /opt/compilations"]
+    folders = re.findall(r"_CACHE_DIR=(\S+)", compiled.all("ENV")[0])
+    assert folders == ["/opt/compilations/inductor", "/opt/compilations/triton"]
+    assert stages["compilations"].base == "scratch"  # the build context takes its place
+
+
 def test_a_plain_build_makes_the_image_for_sagemaker(stages):
     assert list(stages)[-1] == ""
     assert (stages[""].base, stages[""].steps) == ("sagemaker", [])

@@ -39,6 +39,12 @@ def baked() -> Image:
 
 
 @pytest.fixture(scope="session")
+def compiled() -> Image:
+    """With a compiler, and nothing compiled yet."""
+    return Image.named("localhost/compiled")
+
+
+@pytest.fixture(scope="session")
 def worker() -> Image:
     """RunPod's, with WEIGHTS."""
     return Image.named("localhost/runpod")
@@ -111,6 +117,13 @@ def jobs_told_of(world):
 
 
 EMBEDDED = {"VTON_WEIGHTS": "embedded"}
+COMPILES = """
+import torch
+from torch._dynamo.utils import counters
+
+torch.compile(lambda numbers: numbers.sin() + 1)(torch.ones(64))
+print(counters["inductor"]["fxgraph_cache_hit"])
+"""
 
 
 @pytest.mark.parametrize("user", [0, OTHER_USER])
@@ -261,6 +274,14 @@ def test_no_build_tools_no_caches_and_nothing_but_the_service_are_in_the_image(s
         assert not [folder / tool for tool in tools for folder in folders if (folder / tool).exists()]
         for folder in ("cache", "tmp", "root/.cache"):
             assert not list((image.root / folder).glob("*"))
+
+
+def test_what_is_compiled_is_kept_where_the_image_for_it_says_and_found_again(compiled, tmp_path):
+    probe = Image({**compiled.config, "Entrypoint": ["python", "-c", COMPILES]}, compiled.root)
+    found = [ended(probe, [""], {}, tmp_path, writable=True) for _ in range(2)]
+    assert [(status, said.split()[-1]) for status, said in found] == [(0, "0"), (0, "1")], found
+    assert list((compiled.root / "opt/compilations/inductor").iterdir())
+    assert compiled.environment()["VTON_COMPILE"] == "inductor"
 
 
 def test_everything_is_readable_by_anybody_and_nothing_writable(baked):

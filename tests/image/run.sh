@@ -78,6 +78,9 @@ build sagemaker
 build baked --build-arg TRAINING=no --build-context "weights=$work/weights"
 build runpod --build-arg TRAINING=no --build-context "weights=$work/weights"
 
+mkdir -p "$work/compilations"
+build compiled --build-context "compilations=$work/compilations"
+
 step "running the contract"
 IMAGE_TEST_WEIGHTS="$work/weights" .venv/bin/python -m pytest -q -p no:cacheprovider tests/image/contract.py
 .venv/bin/python tests/image/sizes.py localhost/sagemaker localhost/baked localhost/runpod
