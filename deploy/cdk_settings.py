@@ -26,7 +26,7 @@ SET_BY_THE_STACK = {
 }
 UNFIT = {  # variable -> why it cannot be had on SageMaker
     f"{PREFIX}API_KEYS": "cannot be had: the platform hands on no header that could carry a key; IAM says who may call",
-    f"{PREFIX}COMPILE": "cannot be had: it needs a C compiler, and the image has none",
+    f"{PREFIX}COMPILE": "cannot be had: the image has no compiler; an `image` of the target compiled sets it itself",
     f"{PREFIX}HOST": "cannot be had: the platform calls from outside, and the container listens on all addresses",
 }
 SECRETS = (f"{PREFIX}LOG_SALT",)
