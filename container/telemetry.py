@@ -65,6 +65,7 @@ def configure_logging(level: str, stream: TextIO = sys.stderr, *, metrics_namesp
     root.setLevel(level)
     for chatty in ("botocore", "urllib3", "PIL", "filelock"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, root.level))
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every piece of a broken form
     for own_handlers in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logging.getLogger(own_handlers).handlers[:] = []
         logging.getLogger(own_handlers).propagate = True

@@ -18,6 +18,7 @@ import requests
 import structlog
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from python_multipart.multipart import MultipartParser
 
 from container.errors import Outage, Refusal
 from container.settings import Settings, SettingsError
@@ -69,6 +70,14 @@ def counted(log):
 
 def fail(text):
     raise ValueError(text)
+
+
+def test_the_pieces_of_a_broken_form_are_no_lines(log):
+    parser = MultipartParser(b"B")
+    for _ in range(3):
+        parser.write(b"--B--\r\n" + b"what comes behind the end")
+    logging.getLogger("python_multipart.multipart").error("broken itself")
+    assert [line["event"] for line in log.lines()] == ["broken itself"]
 
 
 def test_an_event_is_one_json_object_with_its_fields(log):
