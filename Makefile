@@ -49,9 +49,12 @@ check: install
 bench: install
 	$(PYTHON) -m bench.pipeline --config tiny --device cpu
 
+# The measurement comes first, and the tests come whatever became of it.
 gpu: install
-	$(PYTHON) -m pytest -m gpu
-	$(PYTHON) -m bench.pipeline --compare --compile --config sd15 --device cuda --record
+	status=0; \
+	$(PYTHON) -m bench.pipeline --compare --compile --config sd15 --device cuda --record || status=1; \
+	$(PYTHON) -m pytest -m gpu || status=1; \
+	exit $$status
 
 image:
 	docker build --target sagemaker --tag vton-endpoint .

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Callable, TypeVar
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch.profiler import ProfilerActivity, profile
 
 from bench.baseline import Baseline, Conditions, stock_unet
-from bench.compare import BASELINE, Arm, Pictures, compare
+from bench.compare import BASELINE, Arm, Draw, Pictures, compare
 from bench.counters import TERA, Shapes
 from bench.recipes import COMBINED, EXACTLY, FULL_STEPS, GUIDANCE, NAMED, SINGLE, Recipe
 from bench.sizes import SIZES, Job, random_modules
@@ -20,7 +22,7 @@ from bench.stopwatch import Stopwatch
 from bench.surroundings import device_name
 from model.catvton import published
 from model.catvton.attention import TryOnUNet
-from model.catvton.compiling import INDUCTOR, compile_unet
+from model.catvton.compiling import GRAPHS, INDUCTOR, compile_unet
 from model.catvton.engine import to_picture
 from model.catvton.kernels import attend, chosen_kernels
 from model.catvton.pipeline import CatVTONPipeline
@@ -54,6 +56,36 @@ class ChosenAttention:
         return result
 
 
+class CudnnSearch:
+    """Lets draws search for the fastest of cuDNN's algorithms, which the service does not.
+
+    They run in a thread of their own, since torch keeps what was chosen by thread, and there takes what it has kept
+    whether or not it was searched for.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "cudnn-search")
+        with profile(activities=[ProfilerActivity.CPU]):  # which complains of being used in another thread first
+            pass
+
+    def __call__(self, arm: Arm) -> Arm:
+        """The same arm, with the search."""
+
+        def draw(watch: Stopwatch) -> Pictures:
+            return self._thread.submit(self._searching, arm.draw, watch).result()
+
+        return replace(arm, draw=draw)
+
+    @staticmethod
+    def _searching(draw: Draw, watch: Stopwatch) -> Pictures:
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = True
+        try:
+            return draw(watch)
+        finally:
+            torch.backends.cudnn.benchmark = before
+
+
 def run(job: Job, *, rounds: int, limit_s: float, compiled: bool) -> dict[str, Any]:
     """Build every arm, compare them, and say where.
 
@@ -61,10 +93,8 @@ def run(job: Job, *, rounds: int, limit_s: float, compiled: bool) -> dict[str, A
         job: its `steps` are the baseline's; a recipe with fewer steps takes its share of them.
         rounds: of all arms.
         limit_s: no round but the first begins later.
-        compiled: with two arms more, through `torch.compile`.
+        compiled: with the arms that go through `torch.compile`.
     """
-    if job.device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # for all arms
     arms = list(make_arms(job, compiled=compiled))
     report = compare(arms, job.device, rounds=rounds, limit_s=limit_s)
     return {
@@ -81,43 +111,74 @@ def run(job: Job, *, rounds: int, limit_s: float, compiled: bool) -> dict[str, A
 
 
 def make_arms(job: Job, *, compiled: bool) -> Iterator[Arm]:
-    """The baseline first."""
+    """The baseline first, then the exact mode before all that share with it what a first call is for.
+
+    So its first call is the one that times the attention kernels, as the first picture of the service is.
+    """
+    cuda = job.device.type == "cuda"
+    searched: Callable[[Arm], Arm] = CudnnSearch() if cuda else lambda arm: arm
     vae, unet = random_modules(job)
-    shapes = Shapes(replace(SIZES[job.config], height=job.height, width=job.width), job.dtype)
-    conditions = random_conditions(job)
-    stock = stock_unet(unet)
-    full_tflop = shapes.loop(EXACTLY, job.steps).flop / TERA
-
-    def plain(name: str, unet: UNet2DConditionModel, modules: Sequence[torch.nn.Module]) -> Arm:
-        baseline = Baseline(unet, vae, DDIMScheduler(**published.SCHEDULER_CONFIG))
-
-        def draw(watch: Stopwatch) -> Pictures:
-            return draw_plainly(baseline, conditions, job.steps, watch)
-
-        return Arm(name, job.steps, full_tflop, exact=True, modules=(*modules, vae), draw=draw)
-
-    def ours(name: str, unet: TryOnUNet, recipe: Recipe) -> Arm:
-        pipeline = make_pipeline(served_vae, unet)
-        steps = max(1, round(job.steps * recipe.steps / FULL_STEPS))
-
-        def draw(watch: Stopwatch) -> Pictures:
-            return draw_with(pipeline, conditions, recipe, steps, watch)
-
-        tflop = shapes.loop(recipe, steps).flop / TERA
-        return Arm(name, steps, tflop, exact=recipe == EXACTLY, modules=(unet, served_vae), draw=draw)
-
-    served_vae, served_unet = as_served(vae, job.device), as_served(unet, job.device)
-    yield plain(BASELINE, stock, (stock,))
-    with_attention = stock_unet(unet, ChosenAttention())
-    yield plain(f"{BASELINE}, our attention", with_attention, (with_attention,))
+    served = as_served(vae, job.device), as_served(unet, job.device)
+    stock, with_attention = stock_unet(unet), stock_unet(unet, ChosenAttention())
+    make = ArmMaker(job)
+    yield searched(make.plain(BASELINE, vae, stock))
     if compiled:
-        yield plain(f"{BASELINE}, compiled", torch.compile(stock), (stock,))
-    yield ours(EXACTLY.name, served_unet, EXACTLY)
-    if compiled:
-        yield ours(f"{EXACTLY.name}, compiled", compiled_copy(served_unet), EXACTLY)
+        quick: Any = torch.compile(stock)
+        yield searched(make.plain(f"{BASELINE}, compiled", vae, stock, quick))
+    yield make.ours(EXACTLY.name, *served, EXACTLY)
+    if cuda:
+        yield make.plain(f"{BASELINE}, no cuDNN search", vae, stock)
+        yield searched(make.ours(f"{EXACTLY.name}, cuDNN search", *served, EXACTLY))
+        yield make.ours(f"{EXACTLY.name}, contiguous", vae, unet, EXACTLY)
+    for name, how in (("compiled", INDUCTOR), ("graphs", GRAPHS)):
+        if compiled and (cuda or how != GRAPHS):
+            yield make.ours(f"{EXACTLY.name}, {name}", served[0], compiled_copy(served[1], how), EXACTLY)
+    yield searched(make.plain(f"{BASELINE}, our attention", vae, with_attention))
     for recipe in (*SINGLE, *COMBINED, *NAMED):
         if recipe.name in TIMED:
-            yield ours(recipe.name, served_unet, recipe)
+            yield make.ours(recipe.name, *served, recipe)
+
+
+class ArmMaker:
+    """Makes arms that draw the same picture of noise.
+
+    Args:
+        job: of the arms.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._steps = job.steps
+        self._shapes = Shapes(replace(SIZES[job.config], height=job.height, width=job.width), job.dtype)
+        self._conditions = random_conditions(job)
+
+    def plain(
+        self, name: str, vae: AutoencoderKL, unet: UNet2DConditionModel, called: torch.nn.Module | None = None
+    ) -> Arm:
+        """The baseline's loop.
+
+        Args:
+            name: of the arm.
+            vae, unet: whose weights it needs.
+            called: in the place of the UNet.
+        """
+        baseline = Baseline(called or unet, vae, DDIMScheduler(**published.SCHEDULER_CONFIG))
+
+        def draw(watch: Stopwatch) -> Pictures:
+            return draw_plainly(baseline, self._conditions, self._steps, watch)
+
+        tflop = self._shapes.loop(EXACTLY, self._steps).flop / TERA
+        return Arm(name, self._steps, tflop, exact=True, modules=(unet, vae), draw=draw)
+
+    def ours(self, name: str, vae: AutoencoderKL, unet: TryOnUNet, recipe: Recipe) -> Arm:
+        """The pipeline's loop."""
+        pipeline = make_pipeline(vae, unet)
+        steps = max(1, round(self._steps * recipe.steps / FULL_STEPS))
+
+        def draw(watch: Stopwatch) -> Pictures:
+            return draw_with(pipeline, self._conditions, recipe, steps, watch)
+
+        tflop = self._shapes.loop(recipe, steps).flop / TERA
+        return Arm(name, steps, tflop, exact=recipe == EXACTLY, modules=(unet, vae), draw=draw)
 
 
 def make_pipeline(vae: AutoencoderKL, unet: TryOnUNet) -> CatVTONPipeline:
@@ -136,12 +197,12 @@ def as_served(module: Module, device: torch.device) -> Module:
     return served
 
 
-def compiled_copy(unet: TryOnUNet) -> TryOnUNet:
-    """Another UNet on the same weights, compiled as the engine compiles."""
+def compiled_copy(unet: TryOnUNet, how: str) -> TryOnUNet:
+    """Another UNet on the same weights, compiled as the engine compiles: "inductor" or "graphs"."""
     with torch.device("meta"):
         copy: TryOnUNet = TryOnUNet.from_config(unet.config)
     copy.load_state_dict(unet.state_dict(), assign=True)
-    compile_unet(copy.eval(), INDUCTOR)
+    compile_unet(copy.eval(), how)
     return copy
 
 

@@ -11,16 +11,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bench.memory import Memory, peak_of, peak_text, settled, verdict
 from bench.stopwatch import AttentionWitness, Stopwatch
 from bench.surroundings import device_name, environment, gpu_state, load_average, versions
 
 WARM_UPS = 3  # the first of which is `first_call_s`
 RESAMPLES = 2_000
 NEAR = 2  # grey levels
-MIB = 2**20
 BASELINE = "baseline"
 
+COMPILERS_FAILURES = (RuntimeError, AssertionError)  # torch.compile fails with either
+
 Pictures = NDArray[np.uint8]  # (B, H, W, 3)
+Draw = Callable[[Stopwatch], Pictures]
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Arm:
     tflop: float
     exact: bool
     modules: tuple[torch.nn.Module, ...]
-    draw: Callable[[Stopwatch], Pictures]
+    draw: Draw
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ class Floor:
     """What a GPU could do at most.
 
     Attributes:
-        tflop_per_s: dense float16 arithmetic; as specified, or 790 as practised on an H200.
+        tflop_per_s: dense float16 arithmetic; as specified, or 790 as practised on an H200, whose arithmetic an H100
+            with HBM3 has too.
         guided_step_ms: of a full step at 1024x768, where more than arithmetic bounds it: attention of 40 channels is
             padded to 64, and exponentials have a rate of their own.
     """
@@ -76,8 +80,9 @@ class Floor:
     guided_step_ms: float | None = None
 
 
-FLOORS = {  # by what torch calls the GPU
+FLOORS = {  # by words of what torch calls the GPU; the H100s named "PCIe" and "NVL" are slower
     "H200": Floor(790.0, guided_step_ms=27.2),
+    "H100 HBM3": Floor(790.0, guided_step_ms=27.2),
     "A10G": Floor(70.0),
     "L40S": Floor(362.0),
     "L4": Floor(121.0),
@@ -86,8 +91,8 @@ FLOORS = {  # by what torch calls the GPU
 
 def floor_of(device_name: str) -> Floor | None:
     """The floor of a GPU by its name, None for one that is not in the table."""
-    words = device_name.replace("-", " ").split()
-    return next((floor for name, floor in FLOORS.items() if name in words), None)
+    words = set(device_name.replace("-", " ").split())
+    return next((floor for name, floor in FLOORS.items() if words.issuperset(name.split())), None)
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -112,7 +117,7 @@ def rotated(arms: Sequence[Arm], turn: int) -> list[Arm]:
 
 
 def compare(arms: Sequence[Arm], device: torch.device, *, rounds: int, limit_s: float) -> dict[str, Any]:
-    """The report on all arms; the first is what the others are compared with.
+    """The report on all arms; the first is what the others are compared with. Others may fail in their warm-up.
 
     Args:
         arms: at least one.
@@ -122,7 +127,13 @@ def compare(arms: Sequence[Arm], device: torch.device, *, rounds: int, limit_s: 
     """
     ends = time.monotonic() + limit_s
     states, load_before = [gpu_state(device)], load_average()
-    warmed = {arm.name: warm_up(arm, device) for arm in arms}
+    warmed, failed = {arms[0].name: warm_up(arms[0], device)}, {}
+    for arm in arms[1:]:
+        try:
+            warmed[arm.name] = warm_up(arm, device)
+        except COMPILERS_FAILURES as exc:  # which must not cost the figures of the others
+            failed[arm.name] = f"{type(exc).__name__}: {str(exc).strip().partition(chr(10))[0]}"
+    arms = [arm for arm in arms if arm.name in warmed]
     times: dict[str, list[Stopwatch]] = {arm.name: [] for arm in arms}
     for turn in range(rounds):
         for arm in rotated(arms, turn):
@@ -141,6 +152,7 @@ def compare(arms: Sequence[Arm], device: torch.device, *, rounds: int, limit_s: 
             }
             for arm in arms
         },
+        "failed": failed,
         "floor": None if floor is None else asdict(floor),
         "rounds": len(times[reference]),
         "warm_ups": WARM_UPS,
@@ -158,14 +170,14 @@ class WarmUp:
 
     Attributes:
         first_call_s: wall clock; of the first arm with what the libraries need to start.
-        peak_memory_bytes: on CUDA, of the arm's weights and of what PyTorch had allocated besides at most; what other
-            arms keep is left out.
+        peak: on CUDA, of the arm's weights and what else it takes at most, what it keeps from its first call on
+            included; what other arms keep is left out.
         attention_ops, attention_kernels: see `AttentionWitness`.
         pictures: that were made.
     """
 
     first_call_s: float
-    peak_memory_bytes: int | None
+    peak: Memory | None
     attention_ops: dict[str, str]
     attention_kernels: list[str]
     pictures: Pictures
@@ -174,7 +186,8 @@ class WarmUp:
         """All of it for the report; instead of pictures, the share of values that are near the reference's."""
         seen: dict[str, Any] = {
             "first_call_s": self.first_call_s,
-            "peak_memory_bytes": self.peak_memory_bytes,
+            "peak_memory_bytes": None if self.peak is None else self.peak.allocated,
+            "peak_reserved_bytes": None if self.peak is None else self.peak.reserved,
             "attention_ops": self.attention_ops,
             "attention_kernels": self.attention_kernels,
         }
@@ -186,26 +199,16 @@ class WarmUp:
 
 def warm_up(arm: Arm, device: torch.device) -> WarmUp:
     """Three calls: one timed, one watched, and one whose memory is looked at."""
+    before = settled(device)
     started = time.perf_counter()
     pictures = arm.draw(Stopwatch(device))
     first_call_s = time.perf_counter() - started
     witness = AttentionWitness(device)
     arm.draw(witness)
-    before = 0
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    settled(device)
     arm.draw(Stopwatch(device))
-    peak = None
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) - before + weight_bytes(arm.modules)
+    peak = None if before is None else peak_of(arm.modules, before, device)
     return WarmUp(first_call_s, peak, witness.ops, witness.kernels, pictures)
-
-
-def weight_bytes(modules: Sequence[torch.nn.Module]) -> int:
-    """Of all parameters, shared ones once."""
-    parameters = {parameter.data_ptr(): parameter for module in modules for parameter in module.parameters()}
-    return sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
 
 
 def summary(
@@ -236,16 +239,16 @@ def terminal_table(report: dict[str, Any]) -> str:
         f"{report['device_name']}; {report['rounds']} rounds in rotated order, {report['clock']}, "
         f"load average {report['load_average'][0]:g} to {report['load_average'][1]:g}",
         f"{'':<31}{'steps':>6}{'loop ms (p10 to p90)':>28}{'ms/step':>9}{'TFLOP/s':>9}"
-        f"{'loop, times faster':>24}{'picture':>9}{'peak MiB':>9}{'first s':>9}",
+        f"{'loop, times faster':>24}{'picture':>9}{'peak MiB':>14}{'first s':>9}",
     ]
     for name, arm in report["arms"].items():
-        loop, faster, peak = arm["loop_ms"], arm["speedup"], arm["peak_memory_bytes"]
+        loop, faster = arm["loop_ms"], arm["speedup"]
         spread_text = f"{loop['median']:.1f} ({loop['p10']:.1f} to {loop['p90']:.1f})"
         faster_text = f"{faster['median']:.3f} ({faster['low']:.3f} to {faster['high']:.3f})"
         lines.append(
             f"{name:<31}{arm['steps']:>6}{spread_text:>28}{arm['step_ms']:>9.2f}{arm['tflop_per_s']:>9.4g}"
             f"{faster_text:>24}{arm['whole_speedup']['median']:>9.3f}"
-            f"{'-' if peak is None else format(peak / MIB, '.0f'):>9}{arm['first_call_s']:>9.1f}"
+            f"{peak_text(arm):>14}{arm['first_call_s']:>9.1f}"
         )
     lines += ["attention, by the shape of its queries, and its kernels:"]
     for name, arm in report["arms"].items():
@@ -253,12 +256,21 @@ def terminal_table(report: dict[str, Any]) -> str:
         lines.append(
             f"  {name}: {ops or 'not seen'}" + "".join(f"\n    {kernel}" for kernel in arm["attention_kernels"])
         )
-    if report["floor"] is not None:
-        floor = report["floor"]
-        lines.append(
-            f"floor: {floor['tflop_per_s']:g} TFLOP/s, {floor['guided_step_ms']} ms per guided step at 1024x768"
-        )
-    if report["gpu_states"]:
-        lines += [f"GPU before: {report['gpu_states'][0]}", f"GPU after: {report['gpu_states'][-1]}"]
+    lines += _remarks(report)
     lines.append(", ".join(f"{name} {version}" for name, version in report["versions"].items()))
     return "\n".join(lines)
+
+
+def _remarks(report: dict[str, Any]) -> list[str]:
+    """What the table of a report has no column for."""
+    lines = [f"did not run: {name}: {why}" for name, why in report["failed"].items()]
+    floor, memory = report["floor"], verdict(report)
+    if floor is not None:
+        step = floor["guided_step_ms"]
+        of_step = "" if step is None else f", {step:g} ms per guided step at 1024x768"
+        lines.append(f"floor: {floor['tflop_per_s']:g} TFLOP/s{of_step}")
+    if memory is not None:
+        lines.append(memory)
+    if report["gpu_states"]:
+        lines += [f"GPU before: {report['gpu_states'][0]}", f"GPU after: {report['gpu_states'][-1]}"]
+    return lines

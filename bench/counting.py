@@ -12,22 +12,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-_HOST_READ = "_local_scalar_dense"
-_NO_KERNEL = {_HOST_READ, "_unsafe_view", "empty", "empty_like", "empty_strided", "lift_fresh", "new_empty"}
+_HOST_READS = {"_local_scalar_dense", "_linalg_check_errors"}
+_NO_KERNEL = {*_HOST_READS, "_unsafe_view", "empty", "empty_like", "empty_strided", "lift_fresh", "new_empty"}
 
 
 class Counter(TorchDispatchMode):
     """Counts what passes through aten while it is active.
 
+    Args:
+        device: where it counts; None counts on all of them.
     Attributes:
         flop: floating-point operations, two per multiply-accumulate, by the formulas of `torch.utils.flop_counter`.
         kernels: operations that compute or copy; views and allocations are none.
         bytes: of the tensors that these read and write.
-        host_reads: of one number of a tensor by Python, for which a GPU has to be waited for.
+        host_reads: of one number of a tensor, by Python or by torch, for which a GPU has to be waited for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._device = device
         self.flop = self.kernels = self.bytes = self.host_reads = 0
 
     def __torch_dispatch__(
@@ -41,11 +44,13 @@ class Counter(TorchDispatchMode):
         options = dict(kwargs or {})
         result = func(*args, **options)
         name = func.overloadpacket.__name__
-        self.host_reads += name == _HOST_READ
+        tensors = [leaf for leaf in tree_leaves((args, options, result)) if isinstance(leaf, torch.Tensor)]
+        if self._device is not None and all(tensor.device != self._device for tensor in tensors):
+            return result
+        self.host_reads += name in _HOST_READS
         if func.is_view or name in _NO_KERNEL:
             return result
         self.kernels += 1
-        tensors = (leaf for leaf in tree_leaves((args, options, result)) if isinstance(leaf, torch.Tensor))
         self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         flop: Callable[..., int] | None = flop_registry.get(func.overloadpacket)
         if flop is not None:
@@ -71,9 +76,9 @@ class FusedAttention(TorchFunctionMode):
 
 
 @contextmanager
-def counting() -> Iterator[Counter]:
-    """Count what the block does on meta tensors."""
+def counting(device: torch.device | None = None) -> Iterator[Counter]:
+    """Count what the block does on meta tensors, and on others unless one device alone counts."""
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(FusedAttention())
-        yield stack.enter_context(Counter())
+        yield stack.enter_context(Counter(device))

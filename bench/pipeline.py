@@ -19,7 +19,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.arms import run
+from bench.arms import as_served, run
 from bench.compare import terminal_table
 from bench.recipes import FULL_STEPS, GUIDANCE
 from bench.record import record
@@ -101,8 +101,8 @@ class TimedPipeline(CatVTONPipeline):
 
 
 def build_pipeline(job: Job) -> TimedPipeline:
-    """A pipeline with random weights on the device."""
-    vae, unet = random_modules(job)
+    """A pipeline with random weights on the device, laid out as the engine has them."""
+    vae, unet = (as_served(module, job.device) for module in random_modules(job))
     pipeline = TimedPipeline(vae, unet, DDIMScheduler(**published.SCHEDULER_CONFIG))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -259,6 +259,8 @@ def main(
         figures = asdict(report)
     if json_path is not None:
         json_path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    if figures.get("failed"):
+        raise click.ClickException(f"did not run: {', '.join(figures['failed'])}")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ SINGLE = (
     *(Recipe(f"garment interval {steps}", Knobs(garment_interval=steps)) for steps in (2, 3, 5)),
     *(Recipe(f"deep interval {steps}", Knobs(deep_interval=steps)) for steps in (2, 3, 5)),
 )
+SOLVERS = tuple(Recipe(solver, Knobs(solver=solver)) for solver in ("dpm++", "unipc"))  # as many steps, no fewer
 COMBINED = (
     Recipe("guided share 0.5, person-only", Knobs(guided_share=0.5, person_only_unconditional=True)),
     *(

@@ -8,11 +8,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from bench.memory import peak_text, verdict
+
 HERE = Path(__file__).parent
 COMPARISON, DRIFT = "comparison", "drift"
 NONE_YET = "Nothing is recorded yet."
-
-_MIB = 2**20
 
 
 def record(report: dict[str, Any], day: date, root: Path = HERE) -> Path:
@@ -57,7 +57,11 @@ def table_of_file(path: Path) -> str:
         + ", ".join(f"{name} {version}" for name, version in report["versions"].items())
         + f" ([`{path.name}`](results/{path.name}))."
     )
-    return f"**{report['device_name']}**, {path.stem[-10:]}: {circumstances}\n\n{table(report)}"
+    failed = [f"`{name}` did not run ({why.partition(':')[0]})" for name, why in report.get("failed", {}).items()]
+    memory = verdict(report)
+    remarks = [f"{remark}." for remark in (*failed, memory) if remark is not None]
+    heading = f"**{report['device_name']}**, {path.stem[-10:]}: {circumstances}"
+    return "\n\n".join([heading, table(report), *remarks])
 
 
 def table(report: dict[str, Any]) -> str:
@@ -74,7 +78,6 @@ def table(report: dict[str, Any]) -> str:
 def _row(name: str, arm: dict[str, Any]) -> str:
     loop, steps = arm["loop_ms"], arm["steps"]
     share = f" ({arm['peak_share']:.0%})" if "peak_share" in arm else ""
-    peak = arm["peak_memory_bytes"]
     cells = (
         name,
         f"{steps}",
@@ -82,7 +85,7 @@ def _row(name: str, arm: dict[str, Any]) -> str:
         f"{arm['tflop_per_s']:.3g}{share}",
         _ratio(arm["speedup"]),
         _ratio(arm["whole_speedup"]),
-        "-" if peak is None else f"{peak / _MIB:.0f}",
+        peak_text(arm),
         f"{arm['first_call_s']:.1f} s",
     )
     return f"| {' | '.join(cells)} |"

@@ -6,6 +6,8 @@ import os
 import platform
 import shutil
 import subprocess
+from contextlib import suppress
+from importlib import metadata
 from typing import Any
 
 import diffusers
@@ -38,6 +40,8 @@ def versions() -> dict[str, str]:
     cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None  # type: ignore[no-untyped-call]
     if torch.version.cuda and cudnn:
         found.update(cuda=torch.version.cuda, cudnn=str(cudnn))
+        with suppress(metadata.PackageNotFoundError):
+            found.update(triton=metadata.version("triton"))
     return found
 
 

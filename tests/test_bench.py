@@ -3,13 +3,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-from bench.pipeline import Job, main, step_flops
+from bench import pipeline
+from bench.pipeline import Job, build_pipeline, main, step_flops
+from bench.sizes import random_modules
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,3 +45,26 @@ def test_cuda_where_there_is_none_is_a_usage_error(monkeypatch: pytest.MonkeyPat
     done = CliRunner().invoke(main, ["--config", "tiny", "--device", "cuda"])
     assert done.exit_code == 2
     assert "no CUDA device is present" in done.output
+
+
+def test_on_cuda_the_modules_are_laid_out_as_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cpu = Job("tiny", torch.device("cpu"), torch.float32, height=64, width=48, steps=1, repeats=1)
+    monkeypatch.setattr(pipeline, "random_modules", lambda _job: random_modules(on_cpu))
+    for device, is_served in (("cuda", True), ("cpu", False)):
+        built = build_pipeline(replace(on_cpu, device=torch.device(device)))
+        for weight in (built.unet.conv_in.weight, built.vae.encoder.conv_in.weight):
+            assert weight.is_contiguous() is not is_served
+            assert weight.is_contiguous(memory_format=torch.channels_last) is is_served
+
+
+@pytest.mark.parametrize(("measured", "tested", "status"), [(0, 0, 0), (1, 0, 2), (0, 1, 2), (1, 1, 2)])
+def test_gpu_tests_that_fail_cost_no_measurement_but_the_status(
+    tmp_path: Path, measured: int, tested: int, status: int
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$2" >>{tmp_path}/ran\ntest "$2" = pytest && exit {tested}\nexit {measured}\n')
+    python.chmod(0o755)
+    command = ["make", "--assume-old=.venv/installed", "--assume-old=install", "gpu", f"PYTHON={python}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (tmp_path / "ran").read_text().split() == ["bench.pipeline", "pytest"], done.stderr
+    assert done.returncode == status

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+from dataclasses import replace
 from datetime import date
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +13,20 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from bench import arms as making
 from bench import compare, pipeline, record, surroundings
 from bench.arms import TIMED, make_arms, random_conditions
-from bench.baseline import stock_unet
+from bench.baseline import Baseline, stock_unet
 from bench.compare import BASELINE, Arm, floor_of, ratio, rotated, spread
+from bench.memory import verdict
 from bench.pipeline import main
 from bench.record import COMPARISON, DRIFT, HERE, held, put, tables
-from bench.sizes import Job, random_modules
+from bench.sizes import LATENT_PX, SIZES, Job, random_modules
 from bench.stopwatch import AttentionWitness, Stopwatch
+from model.catvton.pipeline import CatVTONPipeline
 
 CPU = torch.device("cpu")
+CUDA = torch.device("cuda")
 JOB = Job("tiny", CPU, torch.float32, height=64, width=48, steps=2, repeats=1)
 OPTIONS = ["--compare", "--config", "tiny", "--device", "cpu", "--height", "64", "--width", "48", "--steps", "2"]
 
@@ -44,7 +51,7 @@ def root(tmp_path):
 
 
 def test_every_arm_is_compared_with_the_baseline(report):
-    assert list(report["arms"]) == [BASELINE, f"{BASELINE}, our attention", "exact", *TIMED_IN_ORDER]
+    assert list(report["arms"]) == [BASELINE, "exact", f"{BASELINE}, our attention", *TIMED_IN_ORDER]
     for arm in report["arms"].values():
         assert 0 < arm["loop_ms"]["p10"] <= arm["loop_ms"]["median"] <= arm["loop_ms"]["p90"]
         assert arm["step_ms"] == pytest.approx(arm["loop_ms"]["median"] / arm["steps"])
@@ -52,7 +59,7 @@ def test_every_arm_is_compared_with_the_baseline(report):
         for speedup in (arm["speedup"], arm["whole_speedup"]):
             assert 0 < speedup["low"] <= speedup["median"] <= speedup["high"]
         assert arm["first_call_s"] > 0
-        assert arm["peak_memory_bytes"] is None
+        assert arm["peak_memory_bytes"] is arm["peak_reserved_bytes"] is None
     assert report["arms"][BASELINE]["speedup"] == {"median": 1.0, "low": 1.0, "high": 1.0}
 
 
@@ -74,6 +81,7 @@ def test_the_circumstances_are_told(report):
     assert report["clock"] == "processor time"
     assert len(report["load_average"]) == 2
     assert report["floor"] is None
+    assert report["failed"] == {}
     assert report["gpu_states"] == []
     assert {"python", "torch", "diffusers"} <= set(report["versions"])
 
@@ -92,8 +100,11 @@ def test_the_exact_arms_make_the_baselines_picture(report):
     assert "near_baseline_share" not in report["arms"]["no guidance"]
 
 
-def test_a_recipe_with_fewer_steps_takes_its_share_of_them():
-    steps = {arm.name: arm.steps for arm in make_arms(Job("tiny", CPU, torch.float32, 64, 48, 10, 1), compiled=False)}
+def test_in_the_small_size_fast_takes_4_of_10_steps_of_a_canvas_of_48x24_latents():
+    small = SIZES["small"]
+    assert (2 * small.height // LATENT_PX, small.width // LATENT_PX) == (48, 24)
+    job = Job("tiny", CPU, torch.float32, 64, 48, small.steps, 1)
+    steps = {arm.name: arm.steps for arm in make_arms(job, compiled=False)}
     assert steps.pop("fast") == 4
     assert set(steps.values()) == {10}
 
@@ -113,13 +124,100 @@ def test_the_stock_unet_shares_every_weight():
     assert all(parameter.data_ptr() == mine[name].data_ptr() for name, parameter in shared.items())
 
 
-def test_all_arms_of_a_compilation_are_there(monkeypatch):
+@pytest.fixture
+def compilations(monkeypatch):
+    """What is compiled: the keywords of each call."""
     wrapped = []
-    monkeypatch.setattr(torch, "compile", lambda module: wrapped.append(module) or module)
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: wrapped.append(module))
+    monkeypatch.setattr(torch, "compile", lambda module: wrapped.append({}) or module)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda _module, **options: wrapped.append(options))
+    return wrapped
+
+
+@pytest.fixture
+def on_cuda(monkeypatch):
+    """A job for CUDA whose tensors lie on the CPU."""
+    conditions = random_conditions(JOB)
+    monkeypatch.setattr(making, "random_modules", lambda _job: random_modules(JOB))
+    monkeypatch.setattr(making, "random_conditions", lambda _job: conditions)
+    return replace(JOB, device=CUDA)
+
+
+def test_all_arms_of_a_compilation_are_there(compilations):
     names = [arm.name for arm in make_arms(JOB, compiled=True)]
-    assert names[:5] == [BASELINE, f"{BASELINE}, our attention", f"{BASELINE}, compiled", "exact", "exact, compiled"]
-    assert len(wrapped) == 2
+    plain = [BASELINE, f"{BASELINE}, compiled", "exact", "exact, compiled", f"{BASELINE}, our attention"]
+    assert names == [*plain, *TIMED_IN_ORDER]
+    assert len(compilations) == 2
+
+
+def test_on_cuda_layout_search_and_graphs_are_arms_of_their_own(compilations, on_cuda):
+    names = [arm.name for arm in make_arms(on_cuda, compiled=True)]
+    assert names[:9] == [
+        BASELINE,
+        f"{BASELINE}, compiled",
+        "exact",
+        f"{BASELINE}, no cuDNN search",
+        "exact, cuDNN search",
+        "exact, contiguous",
+        "exact, compiled",
+        "exact, graphs",
+        f"{BASELINE}, our attention",
+    ]
+    assert [options.get("mode") for options in compilations] == [None, None, "reduce-overhead"]
+
+
+def test_every_arm_on_cuda_has_its_layout_and_only_the_searching_ones_search(monkeypatch, on_cuda):
+    seen = []
+
+    def watched(denoise):
+        def watching(self, *args, **options):
+            weight = self.unet.conv_in.weight
+            last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+            seen.append((torch.backends.cudnn.benchmark, last, threading.get_ident()))
+            return denoise(self, *args, **options)
+
+        return watching
+
+    arms = [arm for arm in make_arms(on_cuda, compiled=False) if arm.name not in TIMED]
+    for one in (Baseline, CatVTONPipeline):
+        monkeypatch.setattr(one, "denoise", watched(one.denoise))
+    for arm in arms:
+        arm.draw(Stopwatch(CPU))
+        assert torch.backends.cudnn.benchmark is False
+    found = {arm.name: each for arm, each in zip(arms, seen)}
+    assert {name: (searching, last) for name, (searching, last, _) in found.items()} == {
+        BASELINE: (True, False),
+        f"{BASELINE}, no cuDNN search": (False, False),
+        f"{BASELINE}, our attention": (True, False),
+        "exact": (False, True),
+        "exact, cuDNN search": (True, True),
+        "exact, contiguous": (False, False),
+    }
+    # torch keeps cuDNN's algorithms by thread, however they were found
+    assert len({(searching, thread) for searching, _, thread in seen}) == len({thread for *_, thread in seen}) == 2
+
+
+def test_a_switch_that_was_on_stays_on(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    making.CudnnSearch()(arm("a", 1, [])).draw(Stopwatch(CPU))
+    assert torch.backends.cudnn.benchmark is True
+
+
+def test_the_attention_kernels_are_timed_in_the_first_call_of_the_exact_arm(monkeypatch, on_cuda):
+    drawing, asked = [], []
+    attend = making.attend
+
+    def noted(*tensors):
+        asked.append(drawing[-1])
+        return attend(*tensors)
+
+    arms = list(make_arms(on_cuda, compiled=False))
+    monkeypatch.setattr(making, "attend", noted)
+    monkeypatch.setattr("model.catvton.network.attend", noted)
+    for one in arms:
+        drawing.append(one.name)
+        one.draw(Stopwatch(CPU))
+    assert asked[0] == "exact"
+    assert f"{BASELINE}, our attention" in asked
 
 
 # --- how arms take turns
@@ -170,12 +268,146 @@ def test_a_spread_is_median_and_tenths():
 
 
 @pytest.mark.parametrize(
-    ("name", "peak"),
-    [("NVIDIA H200", 790), ("NVIDIA A10G", 70), ("NVIDIA L4", 121), ("NVIDIA L40S", 362), ("Tesla T4", None)],
+    ("name", "peak", "step"),
+    [
+        ("NVIDIA H200", 790, ", 27.2 ms per guided step at 1024x768"),
+        ("NVIDIA H100 80GB HBM3", 790, ", 27.2 ms per guided step at 1024x768"),
+        ("NVIDIA H100 PCIe", None, None),
+        ("NVIDIA A10G", 70, ""),
+        ("NVIDIA L4", 121, ""),
+        ("NVIDIA L40S", 362, ""),
+        ("Tesla T4", None, None),
+    ],
 )
-def test_the_floor_is_that_of_the_gpu_by_its_name(name, peak):
+def test_the_floor_is_that_of_the_gpu_by_its_name(report, name, peak, step):
     floor = floor_of(name)
     assert (floor and floor.tflop_per_s) == peak
+    shown = compare.terminal_table({**report, "floor": floor and vars(floor)}).splitlines()
+    assert [line for line in shown if line.startswith("floor")] == ([f"floor: {peak} TFLOP/s{step}"] if floor else [])
+
+
+def failing(name, error):
+    def draw(_watch):
+        raise error
+
+    return Arm(name, 2, 1.0, exact=True, modules=(), draw=draw)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no compiler\nat all"), AssertionError("no compiler")])
+def test_an_arm_that_does_not_run_costs_no_other_its_figures(report, error):
+    arms = [arm("a", 2, []), failing("b", error), arm("c", 1, [])]
+    found = compare.compare(arms, CPU, rounds=2, limit_s=60)
+    assert list(found["arms"]) == ["a", "c"]
+    assert found["failed"] == {"b": f"{type(error).__name__}: no compiler"}
+    assert f"did not run: b: {type(error).__name__}: no compiler" in compare.terminal_table({**report, **found})
+
+
+def test_without_the_baseline_there_is_no_comparison():
+    with pytest.raises(RuntimeError, match="no"):
+        compare.compare([failing("a", RuntimeError("no")), arm("b", 1, [])], CPU, rounds=1, limit_s=60)
+
+
+def test_what_did_not_run_is_told_by_the_exit_status_after_the_rest_was_kept(monkeypatch, report, tmp_path):
+    path = tmp_path / "report.json"
+    monkeypatch.setattr(pipeline, "run", lambda job, **_: {**report, "failed": {"b": "why"}})
+    done = CliRunner().invoke(main, [*OPTIONS, "--json", str(path)])
+    assert done.exit_code == 1
+    assert "Error: did not run: b" in done.output
+    assert "exact" in json.loads(path.read_text())["arms"]
+
+
+class Card:
+    """Counts bytes as torch does for a GPU: `held` in tensors, and the rest of what is reserved is free."""
+
+    def __init__(self, held):
+        self.held = self.reserved = held
+        self.reset()
+
+    def reset(self, _device=None):
+        self.most = (self.held, self.reserved)
+
+    def empty(self):
+        self.reserved = self.held
+
+    def take(self, count, *, keep=0):
+        """So many bytes at a time, of which some stay; a reserve of a tenth comes with them."""
+        self.reserved = max(self.reserved, self.held + count + count // 10)
+        self.most = (max(self.most[0], self.held + count), max(self.most[1], self.reserved))
+        self.held += keep
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A GPU on which 1000 bytes are held."""
+    card = Card(1000)
+    answers = {
+        "empty_cache": card.empty,
+        "reset_peak_memory_stats": card.reset,
+        "memory_allocated": lambda _device: card.held,
+        "memory_reserved": lambda _device: card.reserved,
+        "max_memory_allocated": lambda _device: card.most[0],
+        "max_memory_reserved": lambda _device: card.most[1],
+        "synchronize": lambda _device: None,
+        "get_device_name": lambda _device: "NVIDIA L4",
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    monkeypatch.setattr(compare, "gpu_state", lambda _device: None)
+    return card
+
+
+def test_the_peak_is_that_of_the_arm_alone_and_of_a_call_that_is_not_its_first(card):
+    weights = torch.nn.Linear(10, 5, bias=False)  # 200 bytes, among the thousand
+    calls = []
+
+    def draw(watch):
+        card.take(500 if calls else 9000, keep=0 if calls else 100)
+        calls.append(watch)
+        watch.loop_s = watch.whole_s = 1.0
+        return np.zeros((1, 2, 2, 3), np.uint8)
+
+    only = Arm("exact", 2, 1.0, exact=True, modules=(weights,), draw=draw)
+    figures = compare.compare([only], CUDA, rounds=1, limit_s=60)["arms"]["exact"]
+    assert figures["peak_memory_bytes"] == 200 + 100 + 500
+    assert figures["peak_reserved_bytes"] == 200 + 100 + 550
+    assert compare.peak_text({"peak_memory_bytes": 3 * 2**20, "peak_reserved_bytes": 4 * 2**20}) == "3 / 4"
+
+
+@pytest.mark.parametrize(
+    ("reserved", "changed", "said"),
+    [
+        (4_500_000_000, {}, "at most 4.5 GB holds"),
+        (4_500_000_001, {}, "at most 4.5 GB is BROKEN"),
+        (4_500_000_000, {"dtype": "float32"}, None),
+        (4_500_000_000, {"height": 512}, None),
+        (None, {}, None),
+    ],
+)
+def test_whether_exact_mode_keeps_to_its_memory_is_told(report, reserved, changed, said):
+    peaks = {"peak_memory_bytes": reserved and 3_000_000_000, "peak_reserved_bytes": reserved}
+    published = {"config": "sd15", "dtype": "float16", "height": 1024, "width": 768}
+    found = {**report, **published, **changed, "arms": {"exact": {**report["arms"]["exact"], **peaks}}}
+    if said is None:
+        assert verdict(found) is None
+        assert "GB" not in compare.terminal_table(found)
+    else:
+        assert verdict(found).endswith(said)
+        assert f"\n{verdict(found)}\n" in compare.terminal_table(found)
+
+
+@pytest.mark.parametrize("triton", ["3.3.1", None])
+def test_on_cuda_triton_is_among_the_versions_where_it_is_there(monkeypatch, triton):
+    def version(name):
+        if triton is None:
+            raise metadata.PackageNotFoundError
+        return f"{name} {triton}"
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 90100)
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    monkeypatch.setattr(surroundings.metadata, "version", version)
+    found = surroundings.versions()
+    assert (found["cuda"], found["cudnn"], found.get("triton")) == ("12.6", "90100", triton and "triton 3.3.1")
 
 
 def test_the_conditions_are_the_same_each_time():
@@ -207,8 +439,15 @@ def test_the_state_is_that_of_the_gpu_with_this_identity():
 
 
 def as_gpu(report, name="NVIDIA Made-Up 9000", peak=2 * 2**30):
-    arms = {key: {**arm, "peak_memory_bytes": peak, "peak_share": 0.5} for key, arm in report["arms"].items()}
-    return {**report, "device": "cuda", "device_name": name, "arms": arms}
+    seen = {"peak_memory_bytes": peak, "peak_reserved_bytes": peak + 2**20, "peak_share": 0.5}
+    arms = {key: {**arm, **seen} for key, arm in report["arms"].items()}
+    return {
+        **report,
+        "device": "cuda",
+        "device_name": name,
+        "arms": arms,
+        "failed": {"exact, graphs": "RuntimeError: no /usr/bin/cc"},
+    }
 
 
 def test_a_recorded_comparison_is_a_file_and_a_table(report, root):
@@ -220,7 +459,8 @@ def test_a_recorded_comparison_is_a_file_and_a_table(report, root):
     assert f"(results/{path.name})" in text
     assert text.count("| guided share 0.5, person-only | 2 |") == 1
     assert "(50%) |" in text
-    assert "| 2048 |" in text
+    assert "| 2048 / 2049 |" in text
+    assert "\n\n`exact, graphs` did not run (RuntimeError).\n" in text
 
 
 def test_the_newest_of_each_device_is_shown(report, root):

@@ -7,9 +7,9 @@ import torch
 from click.testing import CliRunner
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.counters import Shapes, main
+from bench.counters import META, Shapes, main
 from bench.counting import counting
-from bench.recipes import EXACTLY, NAMED, Recipe, cycle_steps
+from bench.recipes import EXACTLY, NAMED, SOLVERS, Recipe, cycle_steps
 from bench.sizes import SIZES
 from model.catvton.knobs import Knobs
 from model.catvton.pipeline import CatVTONPipeline
@@ -61,6 +61,31 @@ def test_the_exact_step_needs_fewer_operations_and_bytes_than_the_baseline(repor
     assert report["baseline_ops_per_step"] == pytest.approx(668, abs=10)
     assert report["bytes_per_step"] < 29.8e9
     assert report["baseline_bytes_per_step"] == pytest.approx(30.55e9, rel=5e-3)
+
+
+def test_the_layout_of_cuda_is_counted_beside_the_contiguous_one(report):
+    served = report["channels_last"]  # the same in releases of torch whose group norm keeps the layout
+    assert report["ops_per_step"] <= served["ops_per_step"] <= 602
+    assert report["bytes_per_step"] <= served["bytes_per_step"] < 31.6e9
+
+
+def test_the_layout_that_is_asked_for_is_that_of_every_weight():
+    for layout in (torch.contiguous_format, torch.channels_last):
+        shapes = Shapes(SIZES["tiny"], torch.float32, layout)
+        for module in (shapes._pipeline.unet, shapes._pipeline.vae):
+            weights = [each for each in module.parameters() if each.dim() == 4 and min(each.shape[1:]) > 1]
+            assert all(weight.is_contiguous(memory_format=layout) for weight in weights)
+
+
+def test_the_solvers_alone_take_the_arithmetic_of_an_exact_step_and_a_few_kernels_more(report):
+    assert [recipe.name for recipe in SOLVERS] == ["dpm++", "unipc"]
+    for recipe, reads in zip(SOLVERS, (0, 1)):  # UniPC solves a system of equations, whose failure torch looks for
+        entry = report["fast"][recipe.name]
+        assert entry["knobs"] == {**report["fast"]["no guidance"]["knobs"], "solver": recipe.name}
+        assert entry["tflop_per_step"] == pytest.approx(report["tflop_per_guided_step"], rel=1e-6)
+        assert entry["speedup"] == pytest.approx(1, rel=1e-6)
+        assert report["ops_per_step"] < entry["ops_per_step"] < 700
+        assert entry["host_reads_per_step"] == reads
 
 
 @pytest.mark.parametrize("name", STEP_TFLOP)
@@ -116,3 +141,12 @@ def test_views_and_allocations_are_no_kernels_and_reads_are_told_apart():
     assert (counter.kernels, counter.host_reads) == (3, 1)  # fill, multiply, sum
     assert counter.flop == 2 * 4 * 6 * 5
     assert counter.bytes == 4 * (30 + (24 + 30 + 20) + (20 + 1))
+
+
+def test_what_the_host_computes_for_itself_is_not_counted_where_one_device_is():
+    with counting(META) as counter:
+        scale = torch.ones(3).sum()
+        scale.item()
+        torch.empty(4, 6, device=META).mul(scale)
+    assert (counter.kernels, counter.host_reads, counter.flop) == (1, 0, 0)
+    assert counter.bytes == 4 * (24 + 1 + 24)

@@ -46,11 +46,6 @@ def chosen_kernels() -> dict[str, str]:
     return {_named(queries, keys): kernel.name for (_, _, queries, keys), kernel in _chosen.items()}
 
 
-def forget_kernels() -> None:
-    """Time the kernels anew."""
-    _chosen.clear()
-
-
 def fastest(candidates: Sequence[SDPBackend], time_of: Callable[[SDPBackend], float]) -> SDPBackend:
     """The first of the candidates that no later one beats clearly; torch's own fallback where none runs.
 
