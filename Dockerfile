@@ -69,9 +69,10 @@ COPY --from=code /opt/app /opt/app
 FROM scratch AS compilations
 
 FROM sagemaker AS compiled
+# The headers are for a Python of the base's own; that of uv brings its own.
 # hadolint ignore=DL3008
 RUN --mount=type=cache,target=/var/cache/apt --mount=type=cache,target=/var/lib/apt \
-    apt-get update && apt-get install --yes --no-install-recommends g++
+    apt-get update && apt-get install --yes --no-install-recommends g++ libpython3-dev
 ENV VTON_COMPILE=inductor \
     TORCHINDUCTOR_CACHE_DIR=/opt/compilations/inductor TRITON_CACHE_DIR=/opt/compilations/triton
 COPY --from=compilations / /opt/compilations
