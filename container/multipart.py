@@ -98,6 +98,11 @@ class _Parser(MultiPartParser):
         super().on_end()
         self.is_whole = True
 
+    def close(self) -> None:
+        """Lets go of all files, whatever became of the form."""
+        for file in self._files_to_close_on_error:
+            file.close()
+
     def _count_header(self, size: int) -> None:
         self._header_bytes += size
         if self._header_bytes > MAX_PART_HEADER_BYTES or self._header_count > MAX_PART_HEADERS:
@@ -107,6 +112,13 @@ class _Parser(MultiPartParser):
 async def _parsed(request: Request, texts: frozenset[str]) -> Form:
     parser = _Parser(request, texts)
     try:
+        return await _said(await _parts(parser), texts)
+    finally:
+        parser.close()
+
+
+async def _parts(parser: _Parser) -> list[tuple[str, UploadFile | str]]:
+    try:
         parts = (await parser.parse()).multi_items()
     except (TryOnError, ClientDisconnect):
         raise
@@ -114,6 +126,10 @@ async def _parsed(request: Request, texts: frozenset[str]) -> Form:
         raise InvalidRequest("form") from exc
     if not parser.is_whole:
         raise InvalidRequest("the form breaks off")
+    return parts
+
+
+async def _said(parts: list[tuple[str, UploadFile | str]], texts: frozenset[str]) -> Form:
     form = Form({})
     for name, part in parts:
         if name in form.fields or name not in {*IMAGES, *texts}:
