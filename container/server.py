@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
+import socket
 import sys
 import threading
 import time
@@ -14,6 +16,7 @@ import structlog
 import uvicorn
 from fastapi import FastAPI
 
+from container.connections import Connection, TooManyConnections
 from container.gate import Gate
 from container.page_api import add_page
 from container.rest_api import add_rest
@@ -25,6 +28,7 @@ from container.wiring import App, build
 DRAIN_S = 25.0  # SageMaker kills 30 s after SIGTERM
 POLL_S = 0.05
 KEEP_ALIVE_S = 75  # above the platform's 5 s between pings, so that its pooled connections are not cut
+BACKLOG = 512  # connections; asyncio accepts as many at once, and without descriptors sets a timer for each failure
 FAILED_EXIT_S = 1.0  # for the last answers to leave, once the device has failed
 
 log = structlog.get_logger()
@@ -38,6 +42,11 @@ class DrainingServer(uvicorn.Server):
         self._app = app
         self._finished = threading.Event()
         self.failed = False
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begins to listen."""
+        asyncio.get_running_loop().set_exception_handler(TooManyConnections())
+        await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """First signal: drain. Second: stop now."""
@@ -119,19 +128,24 @@ def doors(app: App, *, page: bool = False) -> FastAPI:
 
 def serve(api: FastAPI, app: App) -> int:
     """Serves until SIGTERM; the exit status."""
-    config = uvicorn.Config(
+    return DrainingServer(configuration(api, app.settings), app).run_to_the_end()
+
+
+def configuration(api: FastAPI, settings: Settings) -> uvicorn.Config:
+    """How the application is served."""
+    return uvicorn.Config(
         api,
-        host=app.settings.host,
-        port=app.settings.port,
-        http="h11",  # and these as they are tested, whatever else is installed
+        host=settings.host,
+        port=settings.port,
+        http=Connection,  # and these as they are tested, whatever else is installed
         loop="asyncio",
         ws="none",
         lifespan="off",
         log_config=None,
-        log_level=logging.getLevelName(app.settings.log_level),
+        log_level=logging.getLevelName(settings.log_level),
         access_log=False,
+        backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=2,
         server_header=False,
     )
-    return DrainingServer(config, app).run_to_the_end()

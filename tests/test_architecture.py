@@ -42,6 +42,7 @@ LEVEL_OF = {
     "container.runpod_job": 9,
     "container.runpod_handler": 10,
     "container.page_api": 11,
+    "container.connections": 0,
     "container.server": 12,
     "container.weights_push": 5,
     "container.weights_cli": 10,
@@ -61,14 +62,14 @@ ONLY_UNDER = {
     "aws_cdk": ("deploy",),
     "cdk_nag": ("deploy",),
     "constructs": ("deploy",),
-    "boto3": ("container.wiring", "deploy"),
+    "boto3": ("container.wiring", "container.weights_push", "deploy"),
     "fastapi": (
         *("container.vton_api", "container.multipart", "container.rest_api", "container.page_api", "container.server"),
         "deploy",
     ),
     "limits": ("container.gate",),
     "runpod": ("container.runpod_handler",),
-    "uvicorn": ("container.server", "deploy"),
+    "uvicorn": ("container.connections", "container.server", "deploy"),
     "threading": ("container.worker", "container.sharing", "container.decoder", "container.server", "deploy"),
 }
 FORBIDDEN = {"pickle", "marshal", "shelve", "joblib"}
