@@ -186,11 +186,12 @@ def same_job(found: StoredObject, job_id: str) -> StoredObject:
     return found
 
 
-def wait_until_reachable(storage: Storage, limit_s: float) -> None:
+def wait_until_reachable(storage: Storage, key_prefix: str, limit_s: float) -> None:
     """Returns once a key can be looked up; a new role or bucket may take a while to be known everywhere.
 
     Args:
         storage: that of the results.
+        key_prefix: what every key begins with; a role need not reach others.
         limit_s: after which it raises what it met last.
     Raises:
         StorageFailed: there is no answer, or it is a refusal.
@@ -198,7 +199,7 @@ def wait_until_reachable(storage: Storage, limit_s: float) -> None:
     ends = time.monotonic() + limit_s
     while True:
         try:
-            storage.find(PROBE_KEY)
+            storage.find(key_prefix + PROBE_KEY)
         except StorageFailed as exc:
             log.warning("storage_not_reachable", reason=str(exc))
             if time.monotonic() >= ends:

@@ -12,6 +12,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Mapping
+from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -295,21 +296,28 @@ async def run_admitted(app: App, run: Callable[[], _Result], deadline: float) ->
         DeadlineExceeded: it is still running.
     """
     app.admission.enter()
-    context = contextvars.copy_context()
+    context, loop = contextvars.copy_context(), asyncio.get_running_loop()
+    ended: asyncio.Future[None] = loop.create_future()
     try:
-        running = asyncio.wrap_future(app.request_pool.submit(context.run, run))
+        running = app.request_pool.submit(context.run, run)
     except BaseException:  # no thread to be had
         app.admission.leave()
         raise
-    running.add_done_callback(lambda _: app.admission.leave())
-    done, _ = await asyncio.wait({running}, timeout=deadline - time.monotonic() + EFFECTS_S)
+
+    def end(_: Future[_Result]) -> None:
+        app.admission.leave()
+        with suppress(RuntimeError):  # the loop is closed: the process ends
+            loop.call_soon_threadsafe(ended.set_result, None)
+
+    running.add_done_callback(end)
+    done, _ = await asyncio.wait({ended}, timeout=deadline - time.monotonic() + EFFECTS_S)
     if done:
         return running.result()
-    running.add_done_callback(_log_late)
+    running.add_done_callback(lambda ran: context.run(_log_late, ran))
     raise DeadlineExceeded("the work goes on without its caller", retry_after_s=app.worker.retry_after_s(2))
 
 
-def _log_late(ran: asyncio.Future[Any]) -> None:
+def _log_late(ran: Future[Any]) -> None:
     """Tells how the work ended whose caller was told that it took too long."""
     if ran.cancelled():
         return

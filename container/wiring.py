@@ -58,6 +58,13 @@ AWS = Config(
     retries={"total_max_attempts": 3, "mode": "standard"},
     user_agent_extra="vton-endpoint",
 )
+UPLOADS = AWS.merge(
+    Config(
+        connect_timeout=60,  # each wait to send on, too
+        read_timeout=300,  # from the last byte sent: some MB of a part still lie in buffers then, before a slow line
+        retries={"total_max_attempts": 10, "mode": "standard"},
+    )
+)
 
 log = structlog.get_logger()
 
@@ -116,8 +123,8 @@ def build(settings: Settings, *, fetcher: Fetcher | None = None, progress: bool 
         fetcher=fetcher or _fetcher(settings),
         decoder=ProcessDecoder(_decoders()),
         storage=_storage(settings),
-        notifier=_notifier(results),
-        mask_notifier=_notifier(masks),
+        notifier=_notifier(results, settings.max_in_flight),
+        mask_notifier=_notifier(masks, settings.max_in_flight),
     )
     warm_up = partial(_warm_up, settings)
     return assemble(settings, ports, _loader(settings, ports.storage, progress), warm_up)
@@ -172,19 +179,19 @@ def https_fetcher(settings: Settings) -> Fetcher:
 
 
 def s3_client(connections: int) -> S3Client:
-    """A client of S3 with that many connections; keys, region and place are boto3's settings.
+    """A client of S3 for large files, with that many connections; keys, region and place are boto3's settings.
 
     Raises:
         SettingsError: S3 cannot be addressed with them.
     """
     try:
-        return _session().client("s3", config=AWS.merge(Config(max_pool_connections=connections)))
+        return _session().client("s3", config=UPLOADS.merge(Config(max_pool_connections=connections)))
     except BotoCoreError as exc:
         raise SettingsError(f"S3 cannot be addressed: {exc}") from exc
 
 
 def _fetcher(settings: Settings) -> Fetcher:
-    s3 = S3Fetcher(_s3(), settings.bucket, settings.key_prefix) if settings.bucket else None
+    s3 = S3Fetcher(_s3(settings), settings.bucket, settings.key_prefix) if settings.bucket else None
     return ByScheme(https_fetcher(settings), s3)
 
 
@@ -196,22 +203,24 @@ def _decoders() -> int:
 
 def _storage(settings: Settings) -> Storage:
     if settings.bucket:
-        return S3Storage(_s3(), settings.bucket)
+        return S3Storage(_s3(settings), settings.bucket)
     return LocalStorage(settings.output_dir or Path())
 
 
-def _notifier(queue_url: str | None) -> Notifier:
+def _notifier(queue_url: str | None, connections: int) -> Notifier:
     if queue_url is None:
         return NullNotifier()
     try:
-        return SqsNotifier(_session().client("sqs", config=AWS), queue_url)
+        config = AWS.merge(Config(max_pool_connections=connections))
+        return SqsNotifier(_session().client("sqs", config=config), queue_url)
     except BotoCoreError as exc:
         raise SettingsError(f"SQS cannot be addressed: {exc}") from exc
 
 
-def _s3() -> S3Client:
+def _s3(settings: Settings) -> S3Client:
+    connections = FETCHES_PER_REQUEST * settings.max_in_flight  # one for each thread that fetches
     try:
-        return _session().client("s3", config=AWS)
+        return _session().client("s3", config=AWS.merge(Config(max_pool_connections=connections)))
     except BotoCoreError as exc:
         raise SettingsError(f"S3 cannot be addressed: {exc}") from exc
 
@@ -248,7 +257,7 @@ def _loader(settings: Settings, storage: Storage, progress: bool) -> Callable[[]
         if name is not None and name != "off":
             masker = load_masker(name, MaskerOptions(settings.weights, settings.device, settings.dtype))
         log.info("models_loaded", engine=engine.name, masker=name or "off", elapsed_ms=_ms_since(began))
-        wait_until_reachable(storage, REACHABLE_S)
+        wait_until_reachable(storage, settings.key_prefix, REACHABLE_S)
         return Models(engine, masker)
 
     return load
@@ -257,11 +266,11 @@ def _loader(settings: Settings, storage: Storage, progress: bool) -> Callable[[]
 def _warm_up(settings: Settings, models: Models) -> None:
     """A throw-away picture, on CUDA at the size of the real ones; a masker finds nobody on it.
 
-    Where forwards are compiled, all of them are here: in a request they would take minutes of it.
+    Where forwards are compiled, all of them are here, on any device at that size: in a request they would take minutes.
     """
     began = time.monotonic()
     width, height, steps = settings.width, settings.height, WARM_UP_STEPS
-    if device_of(settings.device) == "cpu":
+    if device_of(settings.device) == "cpu" and settings.compile == "off":
         width, height, steps = CPU_WARM_UP_PX, CPU_WARM_UP_PX, 1
     grey = np.full((height, width, 3), 128, np.uint8)
     mask = np.zeros((height, width), np.uint8)

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Callable
 
+import structlog
+
 from container.errors import (
     DeadlineExceeded,
     Draining,
@@ -39,6 +41,8 @@ from model.interface import (
 
 IDLE_POLL_S = 0.2  # how soon an idle thread notices that it should stop
 FIRST_ESTIMATE_S = 5.0  # of one generation at least, until one was measured
+
+log = structlog.get_logger()
 
 
 class Abandoned(Exception):
@@ -85,16 +89,17 @@ class Models:
 
 @dataclass(frozen=True)
 class _Done:
-    """What a job came to, and the seconds that it waited and took."""
+    """What a job came to, the seconds that it waited and took, and how many jobs were done in these together."""
 
     result: Any
     waited_s: float
     worked_s: float
+    together: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Job:
-    """Work for the thread.
+    """Work for the thread; no other job equals it, whatever is asked for.
 
     Attributes:
         work: does several orders at once: (models, orders) -> a result for each.
@@ -127,8 +132,10 @@ class _Waiting:
         return len(self._jobs)
 
     def add(self, job: _Job) -> bool:
-        """False where all places are taken."""
+        """False where all places are taken by jobs that somebody waits for."""
         with self._changed:
+            if len(self._jobs) >= self._capacity:
+                self._jobs = deque(each for each in self._jobs if not each.future.done())
             if len(self._jobs) >= self._capacity:
                 return False
             self._jobs.append(job)
@@ -153,7 +160,7 @@ class Worker:
     Args:
         load: returns the loaded models; run on the worker's own thread.
         warm_up: makes one throw-away picture with them.
-        capacity: how many jobs may wait; admission keeps it from ever being reached.
+        capacity: how many jobs may wait; where somebody waits for all of them, one more is refused.
         max_batch: pictures that are made at once, if so many compatible ones wait.
     """
 
@@ -181,7 +188,7 @@ class Worker:
 
     @property
     def device_failed(self) -> bool:
-        """True once the device is unusable; only a new process helps."""
+        """True once the device, or the thread that drives it, is unusable; only a new process helps."""
         return self._device_failed
 
     @property
@@ -216,8 +223,9 @@ class Worker:
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
-        for job in iter(lambda: self._waiting.take(1, 0), []):
-            job[0].future.set_exception(Draining(retry_after_s=1))
+        for (job,) in iter(lambda: self._waiting.take(1, 0), []):
+            if job.future.set_running_or_notify_cancel():
+                job.future.set_exception(Draining(retry_after_s=1))
 
     def run(
         self,
@@ -241,7 +249,7 @@ class Worker:
         kind = (settings.steps, settings.guidance, settings.width, settings.height, settings.quality)
         done = self._do(_generate, (inputs, settings), kind, deadline, is_wanted, late_s)
         share = 0.2 if self._is_measured else 1.0  # follows the load within some ten pictures; the first ends guessing
-        self._estimate_s += share * (done.worked_s - self._estimate_s)
+        self._estimate_s += share * (done.worked_s / done.together - self._estimate_s)
         self._is_measured = True
         return Generation(done.result, done.waited_s, done.worked_s)
 
@@ -309,15 +317,23 @@ class Worker:
             return
         finally:
             self._loaded.set()
-        while not self._stop.is_set():
-            jobs = [job for job in self._waiting.take(self._max_batch, IDLE_POLL_S) if self._begins(job)]
-            if jobs:
-                self._finish(models, jobs, time.monotonic())
+        try:
+            while not self._stop.is_set():
+                jobs = [job for job in self._waiting.take(self._max_batch, IDLE_POLL_S) if self._begins(job)]
+                if jobs:
+                    self._finish(models, jobs, time.monotonic())
+        except BaseException:  # whatever it is, nothing is made any more: as with a device that failed
+            log.exception("gpu_thread_failed")
+            self._device_failed = True
+            for (job,) in iter(lambda: self._waiting.take(1, 0), []):
+                self._begins(job)
 
     def _begins(self, job: _Job) -> bool:
         """Whether the job is to be done; if not, its caller is told why."""
-        if not job.future.set_running_or_notify_cancel():
-            return False
+        return job.future.set_running_or_notify_cancel() and self._is_to_be_done(job)
+
+    def _is_to_be_done(self, job: _Job) -> bool:
+        """The same of a job that was taken."""
         refusal: Exception | None = None
         if time.monotonic() >= job.deadline:
             refusal = DeadlineExceeded("the deadline passed in the queue")
@@ -336,16 +352,16 @@ class Worker:
         except Exception as exc:  # the thread outlives every job; the door answers what it does not know as internal
             self._device_failed = self._device_failed or isinstance(exc.__cause__, DeviceFailed)
             if len(jobs) > 1 and not self._device_failed:
-                half = len(jobs) // 2
-                self._finish(models, jobs[:half], time.monotonic())
-                self._finish(models, jobs[half:], time.monotonic())
+                for half in (jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :]):
+                    if left := [job for job in half if self._is_to_be_done(job)]:
+                        self._finish(models, left, time.monotonic())
                 return
             for job in jobs:
                 job.future.set_exception(exc)
         else:
             worked_s = time.monotonic() - began
             for job, result in zip(jobs, results):
-                job.future.set_result(_Done(result, began - job.submitted, worked_s))
+                job.future.set_result(_Done(result, began - job.submitted, worked_s, len(jobs)))
 
 
 def _generate(models: Models, orders: Sequence[tuple[TryOnInputs, GenerationSettings]]) -> Sequence[Image]:

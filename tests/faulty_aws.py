@@ -21,6 +21,7 @@ class FaultyAws(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self._answers = list(answers)
         self.calls: list[str] = []
+        self.paths: list[str] = []
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def next_answer(self):
@@ -33,6 +34,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self):
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.server.calls.append(self.command)
+        self.server.paths.append(self.path)
         status, headers, body = self.server.next_answer()
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(body)), "Connection": "close"}.items():

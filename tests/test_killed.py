@@ -84,7 +84,7 @@ class Stage:
             [sys.executable, "-m", "bench.waiting_service"], cwd=REPOSITORY, env=environment, stderr=subprocess.DEVNULL
         )
         self.url = f"http://127.0.0.1:{port}"
-        ends = time.monotonic() + 60
+        ends = time.monotonic() + 180
         while not self._pings():
             assert time.monotonic() < ends
             assert self.process.poll() is None
@@ -92,7 +92,7 @@ class Stage:
 
     def _pings(self):
         try:
-            return requests.get(f"{self.url}/ping", timeout=2).status_code == 200
+            return requests.get(f"{self.url}/ping", timeout=30).status_code == 200
         except requests.exceptions.ConnectionError:
             return False
 

@@ -69,7 +69,7 @@ def served(tmp_path_factory):
             stderr=log,
         )
     try:
-        ends = time.monotonic() + 90
+        ends = time.monotonic() + 180
         while _health(port) != "healthy":
             assert process.poll() is None and time.monotonic() < ends, (folder / "serve.log").read_text()[-2000:]
             time.sleep(0.1)
@@ -78,11 +78,12 @@ def served(tmp_path_factory):
         assert process.wait(30) == 0
     finally:
         process.kill()
+        process.wait(10)
 
 
 def _health(port):
     try:
-        return requests.get(f"http://127.0.0.1:{port}/health", timeout=2).json()["status"]
+        return requests.get(f"http://127.0.0.1:{port}/health", timeout=30).json()["status"]
     except requests.exceptions.ConnectionError:
         return "down"
 
@@ -110,9 +111,9 @@ def test_the_documents_python_example(served):
 
 def test_results_of_the_other_door_are_kept_beside_the_server(served):
     _, port = served
-    answer = requests.post(f"http://127.0.0.1:{port}/invocations", json={}, timeout=5)
+    answer = requests.post(f"http://127.0.0.1:{port}/invocations", json={}, timeout=30)
     assert answer.json()["error"]["code"] == "invalid_request"
-    assert requests.get(f"http://127.0.0.1:{port}/ping", timeout=5).status_code == 200
+    assert requests.get(f"http://127.0.0.1:{port}/ping", timeout=30).status_code == 200
 
 
 @pytest.fixture(scope="module")

@@ -249,19 +249,26 @@ def test_a_key_that_was_taken_and_then_free_is_an_outage():
 
 
 def test_a_storage_that_answers_is_reached_at_once(storage):
-    assert wait_until_reachable(storage, limit_s=0) is None
+    assert wait_until_reachable(storage, "", limit_s=0) is None
+
+
+def test_the_start_asks_for_a_key_that_the_role_of_a_prefix_reaches():
+    """S3 answers 403 to a HEAD of what lies outside."""
+    with faulty_aws(fault(404, "")) as aws:
+        wait_until_reachable(S3Storage(client_of("s3", aws.url), BUCKET), "shop/", limit_s=0)
+    assert aws.paths == [f"/{BUCKET}/shop/users/none"]
 
 
 def test_a_role_that_is_not_known_yet_is_waited_for_and_told_of(impatient):
     forbidden, absent = fault(403, "AccessDenied"), fault(404, "")
     with faulty_aws(forbidden, forbidden, absent) as aws, capture_logs() as logs:
-        wait_until_reachable(S3Storage(client_of("s3", aws.url), BUCKET), limit_s=60)
+        wait_until_reachable(S3Storage(client_of("s3", aws.url), BUCKET), "", limit_s=60)
     assert [line["reason"] for line in logs] == ["S3 answered 403"] * 2
 
 
 def test_a_storage_that_stays_away_ends_the_start(impatient):
     with faulty_aws(fault(403, "AccessDenied")) as aws, pytest.raises(StorageFailed, match="S3 answered 403"):
-        wait_until_reachable(S3Storage(client_of("s3", aws.url), BUCKET), limit_s=0.2)
+        wait_until_reachable(S3Storage(client_of("s3", aws.url), BUCKET), "", limit_s=0.2)
 
 
 # --- local

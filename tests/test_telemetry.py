@@ -417,7 +417,7 @@ def post_when_it_listens(url, body, limit_s):
     ends = time.monotonic() + limit_s
     while True:
         try:
-            return requests.post(url, body, headers={"Content-Type": "application/json"}, timeout=10).status_code
+            return requests.post(url, body, headers={"Content-Type": "application/json"}, timeout=60).status_code
         except requests.exceptions.ConnectionError:
             if time.monotonic() > ends:
                 raise

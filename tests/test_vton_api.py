@@ -32,7 +32,7 @@ class Door:
         self.notifier, self.folder = notifier, folder
 
     def post(self, body, **headers):
-        return requests.post(f"{self.url}/invocations", data=body, headers={**JSON, **headers}, timeout=20)
+        return requests.post(f"{self.url}/invocations", data=body, headers={**JSON, **headers}, timeout=60)
 
     def ask(self, **changes):
         return self.post(json.dumps(usual_request(**changes)))
@@ -91,7 +91,7 @@ def hurried(tmp_path):
 
 
 def until(condition):
-    ends = time.monotonic() + 20
+    ends = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < ends
         time.sleep(0.02)
@@ -147,7 +147,7 @@ def test_a_request_that_gets_no_thread_gives_its_place_back(door, monkeypatch):
 
 
 def test_ping_is_200_with_an_empty_body(door):
-    answer = requests.get(f"{door.url}/ping", timeout=5)
+    answer = requests.get(f"{door.url}/ping", timeout=30)
     assert (answer.status_code, answer.content) == (200, b"")
 
 
@@ -246,7 +246,7 @@ def test_no_more_than_some_of_a_large_body_is_read(door):
         b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 90000000\r\n\r\n"
     )
     host, port = door.url.rpartition("/")[2].split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as connection:
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
         connection.sendall(head)
         with pytest.raises(OSError):
             for _ in range(90):
@@ -305,7 +305,7 @@ def test_a_charset_beside_the_content_type_is_fine(door):
     ],
 )
 def test_h22_h24_other_paths_and_methods_get_our_error_body(door, method, path, status, code):
-    assert code_of(requests.request(method, door.url + path, timeout=5)) == (status, code, None)
+    assert code_of(requests.request(method, door.url + path, timeout=30)) == (status, code, None)
 
 
 def test_h22_a_path_that_climbs_is_not_found(door):
@@ -315,7 +315,7 @@ def test_h22_a_path_that_climbs_is_not_found(door):
 
 def test_docs_are_served_when_set(tmp_path):
     with running_app(tmp_path, docs=True) as app, http_server(create_app(app)) as url:
-        assert requests.get(f"{url}/openapi.json", timeout=5).ok
+        assert requests.get(f"{url}/openapi.json", timeout=30).ok
 
 
 def test_h25_a_client_that_leaves_costs_no_place(door):
@@ -324,7 +324,7 @@ def test_h25_a_client_that_leaves_costs_no_place(door):
     host, port = door.url.rpartition("/")[2].split(":")
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(head % len(body) + body)
-        assert door.engine.begun.wait(5)
+        assert door.engine.begun.wait(30)
     ends = time.monotonic() + 5
     while door.app.admission.taken and time.monotonic() < ends:
         time.sleep(0.02)
@@ -336,23 +336,23 @@ def test_a_client_that_leaves_while_it_waits_costs_no_picture(door):
     door.engine.may_end.clear()
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(door.ask, timestamp="first")
-        assert door.engine.begun.wait(5)
+        assert door.engine.begun.wait(30)
         body = json.dumps(usual_request(timestamp="second")).encode()
         head = b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
         host, port = door.url.rpartition("/")[2].split(":")
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(head % len(body) + body)
             wait_until(lambda: len(door.app.worker._waiting) == 1)
-        time.sleep(0.2)
+        time.sleep(1)  # the server must see that it left
         door.engine.may_end.set()
         assert first.result(10).status_code == 200
     wait_until(lambda: door.app.admission.taken == 0)
     assert len(door.engine.made) == 1
     assert not (door.folder / "users/7/vton_result/second").exists()
-    assert 'vton_requests_total{code="caller_left"} 1.0' in requests.get(f"{door.url}/metrics", timeout=5).text
+    assert 'vton_requests_total{code="caller_left"} 1.0' in requests.get(f"{door.url}/metrics", timeout=30).text
 
 
-def wait_until(condition, seconds=5.0):
+def wait_until(condition, seconds=30.0):
     ends = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < ends
@@ -372,7 +372,7 @@ def test_q01_one_more_than_fits_is_429_at_once_and_fetches_nothing(tmp_path):
         assert code_of(answer) == (429, "overloaded", None)
         assert answer.headers["retry-after"] == str(answer.json()["error"]["retry_after_s"])
         assert len(fetcher.asked) == 8
-        assert requests.get(f"{url}/ping", timeout=5).status_code == 200
+        assert requests.get(f"{url}/ping", timeout=30).status_code == 200
         engine.may_end.set()
         assert [future.result(10).status_code for future in accepted] == [200, 200]
 
@@ -380,14 +380,14 @@ def test_q01_one_more_than_fits_is_429_at_once_and_fetches_nothing(tmp_path):
 def test_before_the_model_is_ready_ping_and_invocations_are_503(tmp_path):
     with running_app(tmp_path) as app, http_server(create_app(app)) as url:
         app.worker._loaded.clear()
-        assert code_of(requests.get(f"{url}/ping", timeout=5)) == (503, "not_ready", None)
+        assert code_of(requests.get(f"{url}/ping", timeout=30)) == (503, "not_ready", None)
         assert code_of(Door(url, app, None, None, None, tmp_path).ask()) == (503, "not_ready", None)
         app.worker._loaded.set()
 
 
 def test_while_draining_ping_and_invocations_are_503(door):
     door.app.admission.drain()
-    assert code_of(requests.get(f"{door.url}/ping", timeout=5)) == (503, "draining", None)
+    assert code_of(requests.get(f"{door.url}/ping", timeout=30)) == (503, "draining", None)
     assert code_of(door.ask()) == (503, "draining", None)
 
 
@@ -418,7 +418,7 @@ def test_an_inference_id_that_is_too_long_is_refused(door):
 
 
 def test_execution_parameters_are_batch_transforms(door):
-    assert requests.get(f"{door.url}/execution-parameters", timeout=5).json() == {
+    assert requests.get(f"{door.url}/execution-parameters", timeout=30).json() == {
         "MaxConcurrentTransforms": 8,
         "BatchStrategy": "SINGLE_RECORD",
         "MaxPayloadInMB": 1,
@@ -428,7 +428,7 @@ def test_execution_parameters_are_batch_transforms(door):
 def test_metrics_are_prometheus_text(door):
     door.ask()
     door.ask(seed="x")
-    text = requests.get(f"{door.url}/metrics", timeout=5).text
+    text = requests.get(f"{door.url}/metrics", timeout=30).text
     values = {
         (sample.name, *sample.labels.values()): sample.value
         for family in text_string_to_metric_families(text)
@@ -443,11 +443,10 @@ def test_metrics_are_prometheus_text(door):
 
 
 def test_ping_answers_while_pictures_are_made(door):
-    door.engine.seconds = 0.5
+    door.engine.may_end.clear()
     thread = threading.Thread(target=door.ask)
     thread.start()
-    assert door.engine.begun.wait(5)
-    began = time.monotonic()
+    assert door.engine.begun.wait(30)
     assert requests.get(f"{door.url}/ping", timeout=5).status_code == 200
-    assert time.monotonic() - began < 0.4
+    door.engine.may_end.set()
     thread.join()

@@ -109,13 +109,15 @@ def test_what_requests_get_by_default_is_warmed_up(monkeypatch):
     assert [(settings.guidance, settings.quality) for settings in engine.made] == [(1.0, "fast")]
 
 
-def test_every_forward_that_is_compiled_is_compiled_at_the_start(monkeypatch):
-    monkeypatch.setattr(wiring, "device_of", lambda _name: "cuda")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_forward_that_is_compiled_is_compiled_at_the_start(monkeypatch, device):
+    monkeypatch.setattr(wiring, "device_of", lambda _name: device)
     engine, batches = RememberingEngine(), set()
 
     def generate_batch(inputs, settings):
         batches.update((len(inputs), each.guidance > 1, each.quality) for each in settings)
         assert {each.steps for each in settings} == {2}  # in the second, deep layers are reused
+        assert {(each.width, each.height) for each in settings} == {(768, 1024)}  # graphs are compiled for a size
         return [engine.generate(*each) for each in zip(inputs, settings)]
 
     monkeypatch.setattr(engine, "generate_batch", generate_batch, raising=False)
@@ -145,6 +147,19 @@ def test_the_settings_reach_the_engine(monkeypatch, tmp_path):
     assert (options.weights, options.memory, options.dtype) == (str(tmp_path), "small", "float32")
 
 
+def test_the_start_asks_the_storage_for_nothing_outside_of_the_prefix(monkeypatch, tmp_path):
+    asked = []
+
+    class Storage(LocalStorage):
+        def find(self, key):
+            asked.append(key)
+
+    monkeypatch.setattr(wiring, "load_engine", lambda *_: StandInEngine())
+    environ = {"VTON_WEIGHTS": str(tmp_path), "VTON_MASKER": "off", "VTON_KEY_PREFIX": "shop/"}
+    wiring._loader(Settings.from_env(environ), Storage(tmp_path), False)()
+    assert asked == ["shop/users/none"]
+
+
 def test_a_small_warm_up_does_not_promise_that_pictures_are_quick():
     worker = Worker(lambda: Models(StandInEngine()), lambda _models: None, capacity=8)
     worker.start()
@@ -153,3 +168,16 @@ def test_a_small_warm_up_does_not_promise_that_pictures_are_quick():
         assert worker.retry_after_s(2) == FIRST_ESTIMATE_S
     finally:
         worker.stop(5)
+
+
+def test_each_thread_has_a_connection_of_its_own_to_s3_and_sqs(monkeypatch):
+    pools = []
+
+    class Session:
+        def client(self, service, config):
+            pools.append((service, config.max_pool_connections))
+
+    monkeypatch.setattr(wiring, "_session", Session)
+    url = "https://sqs.eu-central-1.amazonaws.com/1/results"
+    wiring.build(Settings(bucket="results", queue_url=url, max_in_flight=32))
+    assert sorted(pools) == [("s3", 128), ("s3", 128), ("sqs", 32), ("sqs", 32)]

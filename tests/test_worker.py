@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from stand_in import StandInEngine, StandInMasker, box_mask, noise
+from structlog.testing import capture_logs
 
 from container.errors import (
     DeadlineExceeded,
@@ -26,14 +27,14 @@ INPUTS = TryOnInputs(noise(), noise(), box_mask())
 SETTINGS = GenerationSettings(steps=2, guidance=2.0, seed=1, width=192, height=256)
 
 
-def soon(seconds=5.0):
+def soon(seconds=30.0):
     return time.monotonic() + seconds
 
 
 def started(engine, capacity=4, masker=None, max_batch=1):
     worker = Worker(lambda: Models(engine, masker), lambda _models: None, capacity, max_batch)
     worker.start()
-    assert worker.wait_until_loaded(5)
+    assert worker.wait_until_loaded(30)
     return worker
 
 
@@ -79,7 +80,7 @@ def test_before_the_engine_is_warm_a_job_is_refused_as_not_ready():
     with pytest.raises(NotReady):
         worker.run(INPUTS, SETTINGS, soon())
     warm.set()
-    assert worker.wait_until_loaded(5)
+    assert worker.wait_until_loaded(30)
     assert worker.ready
     worker.stop(5)
 
@@ -90,7 +91,7 @@ def test_a_load_that_fails_is_told_and_leaves_the_worker_unready():
 
     worker = Worker(load, lambda _models: None, 4)
     worker.start()
-    assert worker.wait_until_loaded(5)
+    assert worker.wait_until_loaded(30)
     assert "damaged" in str(worker.failure)
     assert not worker.ready
 
@@ -98,11 +99,11 @@ def test_a_load_that_fails_is_told_and_leaves_the_worker_unready():
 def test_a_job_whose_deadline_passes_in_the_queue_is_never_run(worker, engine):
     engine.may_end.clear()
     thread, _ = in_background(lambda: worker.run(INPUTS, SETTINGS, soon()))
-    assert engine.begun.wait(5)
+    assert engine.begun.wait(30)
     with pytest.raises(DeadlineExceeded):
         worker.run(INPUTS, SETTINGS, soon(0.05))
     engine.may_end.set()
-    thread.join(5)
+    thread.join(30)
     worker.run(INPUTS, SETTINGS, soon())
     assert len(engine.made) == 2
 
@@ -111,18 +112,18 @@ def test_more_waiting_jobs_than_places_are_refused_at_once(engine):
     worker = started(engine, capacity=1)
     engine.may_end.clear()
     running, _ = in_background(lambda: worker.run(INPUTS, SETTINGS, soon()))
-    assert engine.begun.wait(5)
+    assert engine.begun.wait(30)
     waiting, _ = in_background(lambda: worker.run(INPUTS, SETTINGS, soon()))
     until(lambda: len(worker._waiting) == 1)
     with pytest.raises(Overloaded):
         worker.run(INPUTS, SETTINGS, soon())
     engine.may_end.set()
-    running.join(5)
-    waiting.join(5)
+    running.join(30)
+    waiting.join(30)
     worker.stop(5)
 
 
-def until(condition, seconds=5.0):
+def until(condition, seconds=30.0):
     ends = soon(seconds)
     while not condition():
         assert time.monotonic() < ends
@@ -154,14 +155,14 @@ def test_a_failed_device_latches(worker, engine):
 def test_what_waits_when_the_worker_stops_is_told_to_come_back(worker, engine):
     engine.may_end.clear()
     running, first = in_background(lambda: worker.run(INPUTS, SETTINGS, soon()))
-    assert engine.begun.wait(5)
+    assert engine.begun.wait(30)
     waiting, second = in_background(lambda: worker.run(INPUTS, SETTINGS, soon()))
     until(lambda: len(worker._waiting) == 1)
     stopping, _ = in_background(lambda: worker.stop(5))
     time.sleep(0.05)
     engine.may_end.set()
     for thread in (stopping, running, waiting):
-        thread.join(5)
+        thread.join(30)
     assert isinstance(first[0].image, np.ndarray)
     assert isinstance(second[0], Draining)
 
@@ -197,7 +198,7 @@ def test_the_second_holder_of_a_key_waits_for_the_first():
         thread, _ = in_background(second)
         time.sleep(0.05)
         order.append("first")
-    thread.join(5)
+    thread.join(30)
     assert order == ["first", "second"]
 
 
@@ -258,17 +259,18 @@ def test_a_memory_keeps_the_latest_things():
     assert [memory.recall(key) for key in "abc"] == [1, None, 3]
 
 
-def queued(worker, engine, settings, **changes):
-    """Runs one job, lets others queue behind it, and gives what they all came to, in order."""
+def queued(worker, engine, settings, deadline_s=30.0, **changes):
+    """Runs one job, lets others queue behind it, and gives what they all came to, in order; each has its own arrays."""
     engine.may_end.clear()
     started = [in_background(lambda: worker.run(INPUTS, SETTINGS, soon()))]
-    assert engine.begun.wait(5)
+    assert engine.begun.wait(30)
     for place, each in enumerate(settings, 1):
-        started.append(in_background(lambda each=each: worker.run(INPUTS, each, soon(), **changes)))
+        inputs = TryOnInputs(noise(), noise(), box_mask())
+        started.append(in_background(lambda i=inputs, each=each: worker.run(i, each, soon(deadline_s), **changes)))
         until(lambda place=place: len(worker._waiting) == place)
     engine.may_end.set()
     for thread, _ in started:
-        thread.join(5)
+        thread.join(30)
     return [box[0] for _, box in started]
 
 
@@ -284,6 +286,35 @@ def test_waiting_jobs_that_differ_in_the_seed_alone_are_made_as_one_batch(engine
         assert np.array_equal(generation.image, alone.run(INPUTS, each, soon()).image)
     worker.stop(5)
     alone.stop(5)
+
+
+@pytest.mark.parametrize("max_batch", [2, 4])
+def test_waiting_jobs_of_several_qualities_are_each_made_with_their_like(engine, max_batch):
+    worker = started(engine, max_batch=max_batch)
+    qualities = ["fast", "exact", "fast", "balanced"]
+    done = queued(worker, engine, [replace(SETTINGS, quality=quality) for quality in qualities])
+    assert all(isinstance(each.image, np.ndarray) for each in done)
+    assert [made.quality for made in engine.made] == ["exact", "fast", "fast", "exact", "balanced"]
+    assert engine.batches == [2]
+    assert worker.ready
+    worker.stop(5)
+
+
+def test_a_thread_that_cannot_go_on_is_as_a_device_that_failed_and_every_wait_ends(engine):
+    def broken():
+        raise SystemError("not an answer")
+
+    worker = started(engine)
+    with capture_logs() as logs:
+        done = queued(worker, engine, [SETTINGS, SETTINGS], is_wanted=broken, deadline_s=2)
+    assert isinstance(done[0].image, np.ndarray)
+    assert [type(each) for each in done[1:]] == [DeadlineExceeded, GpuFailed]
+    assert [entry["event"] for entry in logs] == ["gpu_thread_failed"]
+    assert worker.device_failed
+    assert not worker.ready
+    with pytest.raises(GpuFailed):
+        worker.run(INPUTS, SETTINGS, soon())
+    worker.stop(5)
 
 
 def test_a_batch_is_no_larger_than_its_limit_and_one_by_default(engine):
@@ -312,6 +343,84 @@ def test_a_batch_that_fails_is_halved_until_only_what_is_at_fault_fails(engine, 
     assert engine.batches == [4, 2, 2]
     assert all(isinstance(each.image, np.ndarray) for each in done)
     worker.stop(5)
+
+
+def test_a_device_that_fails_in_one_half_is_not_touched_by_the_other():
+    class Failing(StandInEngine):
+        def generate_batch(self, inputs, settings):
+            self.batches.append(len(inputs))
+            raise OutOfMemory("9 GiB") if len(inputs) > 2 else DeviceFailed("illegal memory access")
+
+    engine = Failing()
+    worker = started(engine, max_batch=4)
+    done = queued(worker, engine, [replace(SETTINGS, seed=seed) for seed in (2, 3, 4, 5)])
+    assert engine.batches == [4, 2]
+    assert [type(each) for each in done[1:]] == [GpuFailed] * 4
+    worker.stop(5)
+
+
+def test_halves_of_a_batch_that_nobody_waits_for_any_more_are_not_begun():
+    class Slow(StandInEngine):
+        def generate_batch(self, inputs, settings):
+            self.batches.append(len(inputs))
+            time.sleep(3)
+            raise OutOfMemory("9 GiB")
+
+    engine = Slow()
+    worker = started(engine, max_batch=2)
+    done = queued(worker, engine, [replace(SETTINGS, seed=seed) for seed in (2, 3)], deadline_s=2)
+    assert [type(each) for each in done[1:]] == [DeadlineExceeded] * 2
+    worker.run(INPUTS, SETTINGS, soon())
+    assert engine.batches == [2]
+    assert [made.seed for made in engine.made] == [1, 1]
+    worker.stop(5)
+
+
+def test_when_to_come_again_counts_the_pictures_of_a_batch_as_made_side_by_side():
+    class AsFastAsOne(StandInEngine):
+        def generate_batch(self, inputs, settings):
+            time.sleep(1)
+            return [self.generate(*each) for each in zip(inputs, settings)]
+
+    engine = AsFastAsOne()
+    worker = started(engine, max_batch=4)
+    queued(worker, engine, [replace(SETTINGS, seed=seed) for seed in (2, 3, 4, 5)])
+    assert worker.retry_after_s(16) <= 3
+    worker.stop(5)
+
+
+def gone_before_it_began(worker, engine):
+    """While a picture is made, two callers one after the other wait for theirs until their deadlines; what they got."""
+    engine.may_end.clear()
+    making = in_background(lambda: worker.run(INPUTS, SETTINGS, soon()))
+    assert engine.begun.wait(30)
+    found = []
+    for _ in range(2):
+        thread, box = in_background(lambda: worker.run(INPUTS, SETTINGS, soon(0.2)))
+        thread.join(30)
+        found.append(type(box[0]))
+    return found, making
+
+
+def test_a_place_of_a_job_that_nobody_waits_for_any_more_is_free(engine):
+    worker = started(engine, capacity=1)
+    found, (making, box) = gone_before_it_began(worker, engine)
+    assert found == [DeadlineExceeded] * 2
+    engine.may_end.set()
+    making.join(30)
+    assert isinstance(box[0].image, np.ndarray)
+    worker.stop(5)
+
+
+def test_a_stop_passes_over_jobs_that_nobody_waits_for_any_more(engine):
+    worker = started(engine)
+    gone_before_it_began(worker, engine)
+    waiting, box = in_background(lambda: worker.run(INPUTS, SETTINGS, soon()))
+    until(lambda: len(worker._waiting) == 3)
+    worker.stop(0.1)
+    waiting.join(30)
+    assert isinstance(box[0], Draining)
+    engine.may_end.set()
 
 
 def test_a_device_that_fails_in_a_batch_fails_all_of_it_once(engine):

@@ -123,9 +123,9 @@ def _around(text: str, secret: str) -> str:
     return text[max(0, at - 150) : at + 60]
 
 
-@row("P02")
+@row("P02", lane="waiting")
 def users_in_the_log(stage: Stage) -> str:
-    """A salted hash, the same for the same user, and never the id."""
+    """A salted hash, the same for the same user wherever a deployment's processes run, and never the id."""
     service, since = stage.service, stage.service.log_size()
     for user in ("secret-user-one", "secret-user-one", "secret-user-two"):
         stage.ask(service, userId=user).done()
@@ -140,7 +140,11 @@ def users_in_the_log(stage: Stage) -> str:
     for digest in (hashlib.sha256, hashlib.sha1, hashlib.md5):
         plain = digest(b"secret-user-one").hexdigest()
         assert not plain.startswith(str(one)[:12]), "the hash has no salt"
-    return f"the field is {names[0]}"
+    models = of_type(synthesis_in(Path(stage.ground.folder) / "synthesis").template("two"), "SageMaker::Model").values()
+    salts = [model["PrimaryContainer"]["Environment"].get("VTON_LOG_SALT") for model in models]
+    assert len(salts) == 2, f"{len(salts)} models"
+    assert salts[0] == salts[1] is not None, f"processes draw their own salts: {salts}"
+    return f"the field is {names[0]}, the salt one secret of the deployment"
 
 
 @row("P04", lane="last")
