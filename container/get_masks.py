@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from container.decoder import Decoder
-from container.errors import InvalidRequest
+from container.errors import InvalidRequest, StorageFailed
 from container.fetch import Fetcher
 from container.images import encode_mask
 from container.notify import Notifier, masks_completion
@@ -105,13 +105,16 @@ class MaskService:
 
 def _answer(stored: Mapping[str, StoredObject], bucket: str | None, cache: str | None, times: StageTimes) -> MaskResult:
     facts = next(iter(stored.values())).facts
-    return MaskResult(
-        object_keys={name: one.key for name, one in stored.items()},
-        bucket=bucket,
-        job_id=facts["job_id"],
-        width=int(facts["width"]),
-        height=int(facts["height"]),
-        mask_source=facts["mask_source"],
-        mask_cache=cache,
-        timings_ms=times.milliseconds(),
-    )
+    try:
+        return MaskResult(
+            object_keys={name: one.key for name, one in stored.items()},
+            bucket=bucket,
+            job_id=facts["job_id"],
+            width=int(facts["width"]),
+            height=int(facts["height"]),
+            mask_source=facts["mask_source"],
+            mask_cache=cache,
+            timings_ms=times.milliseconds(),
+        )
+    except (KeyError, ValueError) as exc:
+        raise StorageFailed(f"the facts are damaged: {type(exc).__name__}: {exc}", retryable=False) from exc

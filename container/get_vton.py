@@ -14,7 +14,14 @@ import numpy as np
 from PIL import Image as Pillow
 
 from container.decoder import Decoder
-from container.errors import DeadlineExceeded, ImageSourceTimeout, InvalidRequest, MaskInvalid, PersonNotFound
+from container.errors import (
+    DeadlineExceeded,
+    ImageSourceTimeout,
+    InvalidRequest,
+    MaskInvalid,
+    PersonNotFound,
+    StorageFailed,
+)
 from container.fetch import Fetcher
 from container.images import FILE_OF, encode
 from container.notify import Notifier, completion
@@ -133,7 +140,7 @@ class TryOnService:
             Abandoned: the caller left before the picture was begun.
         """
         times = StageTimes()
-        request = self._complete(request)
+        request = self.complete(request)
         with self._keys.hold(f"{request.userId}/{request.timestamp}", deadline):
             stored, cache = self._stored(request), None
             if stored is None:
@@ -150,11 +157,16 @@ class TryOnService:
         Args and raises as `run`.
         """
         times = StageTimes()
-        finished = self._make(self._complete(request), deadline, times, context)
+        finished = self._make(self.complete(request), deadline, times, context)
         self._metrics.observe(times)
         return replace(finished, timings_ms=times.milliseconds())
 
-    def _complete(self, request: TryOnRequest) -> TryOnRequest:
+    def complete(self, request: TryOnRequest) -> TryOnRequest:
+        """The request with steps, guidance and quality, by the settings where it has none.
+
+        Raises:
+            InvalidRequest: it has no mask, and none can be made.
+        """
         if request.mask_image_url is None and not self._masker.available:
             raise InvalidRequest("no automatic masker is configured", field="mask_image_url")
         defaults = self._defaults
@@ -303,18 +315,21 @@ def _mask_of_photo(pictures: Pictures, inputs: TryOnInputs) -> Image:
 
 
 def _answer(stored: StoredObject, bucket: str | None, cache: str | None, times: StageTimes) -> TryOnResult:
-    facts: dict[str, str] = dict(stored.facts)
-    return TryOnResult(
-        object_key=stored.key,
-        bucket=bucket,
-        s3_uri=f"s3://{bucket}/{stored.key}" if bucket else None,
-        etag=stored.etag,
-        job_id=facts["job_id"],
-        seed=int(facts["seed"]),
-        width=int(facts["width"]),
-        height=int(facts["height"]),
-        engine=facts["engine"],
-        mask_source=facts["mask_source"],
-        mask_cache=cache,
-        timings_ms=times.milliseconds(),
-    )
+    facts = stored.facts
+    try:
+        return TryOnResult(
+            object_key=stored.key,
+            bucket=bucket,
+            s3_uri=f"s3://{bucket}/{stored.key}" if bucket else None,
+            etag=stored.etag,
+            job_id=facts["job_id"],
+            seed=int(facts["seed"]),
+            width=int(facts["width"]),
+            height=int(facts["height"]),
+            engine=facts["engine"],
+            mask_source=facts["mask_source"],
+            mask_cache=cache,
+            timings_ms=times.milliseconds(),
+        )
+    except (KeyError, TypeError, ValueError) as exc:
+        raise StorageFailed(f"the facts are damaged: {type(exc).__name__}: {exc}", retryable=False) from exc

@@ -35,7 +35,7 @@ from container.telemetry import StageTimes
 from container.vton_api import answered, not_serving, run_admitted, wanted
 from container.wiring import App
 from model.embedded import demo_pictures
-from model.interface import EMBEDDED
+from model.interface import EMBEDDED, FAST_STEPS
 
 FOLDER = Path(__file__).parent / "page"
 MEDIA_TYPES = {
@@ -142,6 +142,7 @@ def _settings(app: App) -> dict[str, object]:
     return {
         "status": "healthy" if error is None else "loading" if isinstance(error, NotReady) else "unhealthy",
         "steps": app.settings.steps,
+        "fast_steps": min(app.settings.steps, FAST_STEPS),
         "guidance": app.settings.guidance,
         "quality": app.settings.quality,
         "width": app.settings.width,

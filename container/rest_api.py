@@ -10,7 +10,7 @@ import base64
 import time
 from collections.abc import Mapping
 from functools import partial
-from typing import Callable
+from typing import Callable, cast
 
 import structlog
 from fastapi import FastAPI, Request, Response
@@ -42,7 +42,7 @@ NUMBERS: dict[str, Callable[[str], float]] = {
     "seed": int,
     "output_quality": int,
 }
-DEFAULTS: dict[str, object] = {"cloth_type": CLOTH_TYPE, "num_inference_steps": 50, "guidance_scale": 2.5, "seed": 42}
+DEFAULTS: dict[str, object] = {"cloth_type": CLOTH_TYPE, "seed": 42}
 TEXTS = {"cloth_type", "composite", "output_size", "output_format", "quality", "userId", "timestamp"}
 UPLOADS_PER_PLACE = 2  # forms that are read at a time, for each place of the service
 DONE = "Try-on completed successfully"
@@ -152,9 +152,10 @@ async def dressed(app: App, request: Request, form: Form, request_id: str, on_st
     deadline = time.monotonic() + app.settings.deadline_s
 
     def picture(context: CallContext) -> Finished:
-        on_step(0, asked.num_inference_steps or app.settings.steps)
         with named_by_form():
-            return app.service.picture(asked, deadline, context)
+            complete = app.service.complete(asked)
+            on_step(0, cast(int, complete.num_inference_steps))
+            return app.service.picture(complete, deadline, context)
 
     async with wanted(request) as is_wanted:
         context = CallContext(request_id, is_wanted=is_wanted, uploads=form.uploads, on_step=on_step)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import threading
 import time
 
@@ -39,7 +40,7 @@ KEY = "users/7/vton_result/241108-230001/result.png"
 
 
 def run(app, context=CONTEXT, **changes):
-    return app.service.run(parse(usual_request(**changes)), time.monotonic() + 20, context)
+    return app.service.run(parse(usual_request(**changes)), time.monotonic() + 60, context)
 
 
 def opened(path):
@@ -265,6 +266,20 @@ def test_a_decoder_that_is_not_done_at_the_deadline_is_not_waited_for(tmp_path):
     with running_app(tmp_path, decoder=Hanging()) as app, pytest.raises(DeadlineExceeded):
         app.service.run(parse(usual_request()), time.monotonic() + 0.3, CONTEXT)
     assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("damaged", [{"seed": None}, {"width": "wide"}, {"engine": None}])
+def test_a_stored_object_with_damaged_facts_is_an_outage_and_makes_no_picture(tmp_path, damaged):
+    engine = StandInEngine()
+    with running_app(tmp_path, engine=engine) as app:
+        run(app)
+        path = tmp_path / f"{KEY}.json"
+        facts = {**json.loads(path.read_text()), **damaged}
+        path.write_text(json.dumps({name: value for name, value in facts.items() if value is not None}))
+        with pytest.raises(StorageFailed) as failed:
+            run(app)
+    assert not failed.value.retryable
+    assert len(engine.made) == 1
 
 
 class FailingStorage(LocalStorage):

@@ -77,7 +77,7 @@ def served(tmp_path_factory):
         process = subprocess.Popen([VTON, "demo", "--web", "--port", str(port)], cwd=folder, env=environ, stderr=log)
     url = f"http://127.0.0.1:{port}/"
     try:
-        ends = time.monotonic() + 90
+        ends = time.monotonic() + 180
         while not listens(url):
             assert process.poll() is None and time.monotonic() < ends, (folder / "serve.log").read_text()[-2000:]
             time.sleep(0.1)
@@ -91,13 +91,13 @@ def served(tmp_path_factory):
 
 def listens(url):
     try:
-        return requests.get(url, timeout=2).status_code == 200
+        return requests.get(url, timeout=30).status_code == 200
     except requests.exceptions.ConnectionError:
         return False
 
 
 @contextmanager
-def opened(browser, url, *, noise=(), **options):
+def opened(browser, url, *, noise=(), settings=None, **options):
     """The page, ready; what it wrote to the console, or what failed, fails the test, but for these patterns."""
     context = browser.new_context(**{"viewport": DESK, "accept_downloads": True, **options})
     page, heard = context.new_page(), []
@@ -106,6 +106,8 @@ def opened(browser, url, *, noise=(), **options):
     page.on("requestfailed", lambda request: heard.append(f"failed: {request.url} {request.failure}"))
     asked = []
     page.on("request", lambda request: asked.append(request.url))
+    if settings is not None:
+        page.route("**/page/settings", settings)
     try:
         page.goto(url)
         expect(page.locator("#health")).to_have_attribute("data-state", "healthy")
@@ -168,7 +170,7 @@ def example(url, cloth):
     """The files of the first example, by their fields."""
     tiles = {"person_image": "person", "cloth_image": cloth}
     return {
-        field: requests.get(f"{url}page/examples/0/{tile}.png", timeout=10).content for field, tile in tiles.items()
+        field: requests.get(f"{url}page/examples/0/{tile}.png", timeout=60).content for field, tile in tiles.items()
     }
 
 
@@ -183,7 +185,7 @@ def asked(url, files, **fields):
 
 def test_the_command_opens_the_page_in_a_browser(served):
     url, folder = served
-    ends = time.monotonic() + 30
+    ends = time.monotonic() + 180
     while not (folder / "opened").exists():
         assert time.monotonic() < ends
         time.sleep(0.1)
@@ -212,6 +214,20 @@ def test_a_try_on_with_an_edited_mask_is_the_job_and_the_picture_of_the_rest_doo
     changed = (decode(picture) != PICTURES["person"]).any(axis=2)
     assert not changed[drawn == 0].any()
     assert changed[drawn == 255].mean() > 0.9
+
+
+def test_the_steps_follow_the_quality_until_they_are_set(browser, served):
+    def with_more_steps(route):
+        route.fulfill(json={**route.fetch().json(), "steps": 50, "fast_steps": 20})
+
+    with opened(browser, served[0], settings=with_more_steps) as page:
+        steps, quality = page.get_by_label("Steps"), page.get_by_label("Quality")
+        for name, value in (("fast", "20"), ("balanced", "50"), ("fast", "20")):
+            quality.select_option(name)
+            expect(steps).to_have_value(value)
+        steps.fill("12")
+        quality.select_option("exact")
+        expect(steps).to_have_value("12")
 
 
 def test_without_an_edit_the_service_makes_the_mask(page, served):
@@ -305,7 +321,7 @@ def test_the_boto3_code_that_is_shown_makes_the_identical_picture(page, served, 
     run(page)
     for name in ("person", "upper", "lower", "dress"):
         (tmp_path / f"{name}.png").write_bytes(
-            requests.get(f"{served[0]}page/examples/0/{name}.png", timeout=10).content
+            requests.get(f"{served[0]}page/examples/0/{name}.png", timeout=60).content
         )
     code = page.locator("#boto3-text").text_content().replace("your-bucket", BUCKET)
     environ = environment(

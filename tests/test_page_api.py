@@ -57,11 +57,11 @@ class Page:
         self.fetcher, self.folder = fetcher, folder
 
     def get(self, path, **headers):
-        return requests.get(self.url + path, headers=headers, timeout=20)
+        return requests.get(self.url + path, headers=headers, timeout=60)
 
     def mask(self, files=None, data=None, **headers):
         files = {"person_image": FILES["person.png"]} if files is None else files
-        return requests.post(f"{self.url}/api/mask", files=files, data=data or {}, headers=headers, timeout=20)
+        return requests.post(f"{self.url}/api/mask", files=files, data=data or {}, headers=headers, timeout=60)
 
     def stream(self, files=BOTH, data=None, **headers):
         return requests.post(
@@ -69,7 +69,7 @@ class Page:
         )
 
     def plain(self, files=BOTH, data=None):
-        return requests.post(f"{self.url}/api/try-on", files=files, data=data or {}, timeout=20)
+        return requests.post(f"{self.url}/api/try-on", files=files, data=data or {}, timeout=60)
 
 
 @contextmanager
@@ -174,8 +174,8 @@ def test_nothing_else_is_there(page, path):
 def test_the_page_is_closed_where_it_is_not_wanted(tmp_path):
     with running_app(tmp_path, rest=True) as app, http_server(doors(app)) as url:
         for path in ("/", "/page/main.js", "/page/settings"):
-            assert requests.get(url + path, timeout=5).status_code == 404
-        assert requests.post(f"{url}/api/mask", timeout=5).status_code == 404
+            assert requests.get(url + path, timeout=30).status_code == 404
+        assert requests.post(f"{url}/api/mask", timeout=30).status_code == 404
 
 
 def test_the_examples_are_the_drawn_figures(page):
@@ -188,7 +188,7 @@ def test_the_settings_say_what_the_fields_begin_with(tmp_path):
     with opened(tmp_path, steps=8, guidance=1, api_keys=("k" * 16,)) as page:
         told = page.get("/page/settings").json()
         assert (told["status"], told["steps"], told["guidance"], told["needs_key"]) == ("healthy", 8, 1, True)
-        assert told["quality"] == "exact"
+        assert (told["quality"], told["fast_steps"]) == ("exact", 8)
         assert "kkkk" not in json.dumps(told)
 
 
@@ -272,8 +272,8 @@ def test_a_mask_takes_a_place_of_the_service(tmp_path):
 @pytest.mark.parametrize("path", ["/api/mask", "/api/try-on/stream"])
 def test_without_a_key_that_is_ours_nobody_enters(tmp_path, path):
     with opened(tmp_path, api_keys=("k" * 16,)) as page:
-        assert requests.post(page.url + path, timeout=5).status_code == 401
-        assert requests.post(page.url + path, headers={"X-API-Key": "m" * 16}, timeout=5).status_code == 403
+        assert requests.post(page.url + path, timeout=30).status_code == 401
+        assert requests.post(page.url + path, headers={"X-API-Key": "m" * 16}, timeout=30).status_code == 403
         assert page.mask(**{"X-API-Key": "k" * 16}).status_code == 200
         assert page.get("/").status_code == 200
 
@@ -341,7 +341,7 @@ def test_a_wrong_field_has_a_status_of_its_own_and_no_stream(page, data, field):
 
 
 def test_what_is_no_form_is_refused(page):
-    answer = requests.post(f"{page.url}/api/try-on/stream", json={}, timeout=5)
+    answer = requests.post(f"{page.url}/api/try-on/stream", json={}, timeout=30)
     refused(answer, 415, "unsupported_content_type")
 
 
@@ -387,7 +387,7 @@ def test_a_caller_who_leaves_the_queue_costs_no_picture(tmp_path, caplog):
         second = page.stream(data={"seed": "1"})
         assert second.status_code == 200  # it waits for the engine
         second.close()
-        time.sleep(0.2)  # the server must see that it left
+        time.sleep(1)  # the server must see that it left
         page.engine.may_end.set()
         assert b"event: result" in first.result(20)
         until(lambda: page.app.admission.taken == 0)
@@ -416,7 +416,7 @@ def test_a_reader_who_reads_nothing_holds_no_place(page):
         f"POST /api/try-on/stream HTTP/1.1\r\nHost: {host}\r\nContent-Type: {body.headers['Content-Type']}\r\n"
         f"Content-Length: {len(body.body)}\r\n\r\n"
     )
-    with socket.create_connection((host, int(port)), timeout=10) as connection:
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
         connection.sendall(head.encode() + body.body)
         until(lambda: page.engine.made)
         until(lambda: page.app.admission.taken == 0)

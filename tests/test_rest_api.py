@@ -44,10 +44,10 @@ class Door:
 
     def ask(self, files=None, data=None, **headers):
         files = {"person_image": FILES["person.png"], "cloth_image": FILES["upper.png"]} if files is None else files
-        return requests.post(f"{self.url}/api/try-on", files=files, data=data or {}, headers=headers, timeout=20)
+        return requests.post(f"{self.url}/api/try-on", files=files, data=data or {}, headers=headers, timeout=60)
 
     def health(self):
-        answer = requests.get(f"{self.url}/health", timeout=5)
+        answer = requests.get(f"{self.url}/health", timeout=30)
         return answer.status_code, answer.json()["status"], answer.json()["message"]
 
 
@@ -102,6 +102,21 @@ def test_the_defaults_are_the_documents(door):
     assert (settings.steps, settings.guidance, settings.seed) == (50, 2.5, 42)
 
 
+def test_where_a_form_says_nothing_the_settings_hold_and_fast_takes_its_steps(tmp_path):
+    with opened(tmp_path, steps=30, guidance=3.5) as door:
+        door.ask()
+        door.ask(data={"quality": "fast"})
+        door.ask(data={"quality": "fast", "num_inference_steps": "25"})
+        made = [(each.quality, each.steps, each.guidance) for each in door.engine.made]
+        assert made == [("exact", 30, 3.5), ("fast", 20, 3.5), ("fast", 25, 3.5)]
+
+
+def test_a_quality_of_the_settings_holds_for_forms(tmp_path):
+    with opened(tmp_path, quality="fast") as door:
+        door.ask()
+        assert (door.engine.made[0].quality, door.engine.made[0].steps) == ("fast", 20)
+
+
 def test_seed_minus_one_draws_one_and_says_which(door):
     seeds = {door.ask(data={"seed": "-1"}).headers["X-Seed"] for _ in range(2)}
     assert len(seeds) == 2
@@ -112,7 +127,7 @@ def test_seed_minus_one_draws_one_and_says_which(door):
 
 def test_the_same_request_makes_the_same_job_and_the_same_picture_through_both_doors(door):
     fields = usual_request(cloth_type="overall", output_format="jpeg", num_inference_steps=50, guidance_scale=2.5)
-    stored = requests.post(f"{door.url}/invocations", json=fields, timeout=20).json()
+    stored = requests.post(f"{door.url}/invocations", json=fields, timeout=60).json()
     form = {
         "person_image": fields["person_image_url"],
         "cloth_image": fields["upper_cloth_url"],
@@ -224,13 +239,13 @@ def test_a_file_above_the_limit_is_refused_and_named(door):
 @pytest.mark.parametrize("body", [b"", b"--x\r\n", b"--b\r\nnot a header\r\n\r\nx\r\n--b--", b"\xff" * 100])
 def test_what_is_no_form_is_refused(door, body):
     headers = {"Content-Type": "multipart/form-data; boundary=b"}
-    answer = requests.post(f"{door.url}/api/try-on", data=body, headers=headers, timeout=5)
+    answer = requests.post(f"{door.url}/api/try-on", data=body, headers=headers, timeout=30)
     refused(answer, 422, "invalid_request")
 
 
 @pytest.mark.parametrize("content_type", ["application/json", "multipart/form-data", "", "text/plain"])
 def test_another_content_type_is_refused(door, content_type):
-    answer = requests.post(f"{door.url}/api/try-on", data=b"{}", headers={"Content-Type": content_type}, timeout=5)
+    answer = requests.post(f"{door.url}/api/try-on", data=b"{}", headers={"Content-Type": content_type}, timeout=30)
     assert answer.status_code in (415, 422)
     assert set(answer.json()) == {"detail", "code", "retryable", "request_id"}
 
@@ -241,7 +256,7 @@ def test_a_form_that_is_announced_too_large_is_refused_unread(door):
         f"POST /api/try-on HTTP/1.1\r\nHost: {host}\r\nContent-Type: multipart/form-data; boundary=b\r\n"
         f"Content-Length: {container.multipart.MAX_FORM_BYTES + 1}\r\n\r\n"
     )
-    with socket.create_connection((host, int(port)), timeout=5) as connection:
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
         connection.sendall(head.encode())
         assert b" 413 " in connection.recv(65536).splitlines()[0]
 
@@ -254,7 +269,7 @@ def form_of(*parts, end=b"--B--\r\n"):
 
 def send(door, body, boundary="boundary=B"):
     headers = {"Content-Type": f"multipart/form-data; {boundary}"}
-    return requests.post(f"{door.url}/api/try-on", data=body, headers=headers, timeout=20)
+    return requests.post(f"{door.url}/api/try-on", data=body, headers=headers, timeout=60)
 
 
 PICTURES = tuple(
@@ -323,11 +338,11 @@ def test_a_caller_who_leaves_while_it_sends_is_no_failure_of_ours(door):
     host, port = door.url.rpartition("/")[2].split(":")
     for path, kind in (("/api/try-on", "multipart/form-data; boundary=B"), ("/invocations", "application/json")):
         head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: 5000\r\n\r\n"
-        with socket.create_connection((host, int(port)), timeout=5) as connection:
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
             connection.sendall(head.encode() + b"--B\r\n")
     counted, ends = "", time.monotonic() + 5
     while 'code="caller_left"} 2.0' not in counted and time.monotonic() < ends:
-        counted = requests.get(f"{door.url}/metrics", timeout=5).text
+        counted = requests.get(f"{door.url}/metrics", timeout=30).text
     assert 'vton_requests_total{code="caller_left"} 2.0' in counted
     assert 'code="internal"' not in counted
 
@@ -354,16 +369,16 @@ def test_what_the_service_misses_has_the_name_of_the_form(tmp_path):
     ],
 )
 def test_below_its_paths_every_error_has_a_detail(door, method, path, headers, status, code):
-    refused(requests.request(method, door.url + path, headers=headers, timeout=5), status, code)
+    refused(requests.request(method, door.url + path, headers=headers, timeout=30), status, code)
 
 
 def test_other_paths_keep_the_errors_of_the_sagemaker_door(door):
-    assert requests.get(f"{door.url}/nothing", timeout=5).json()["error"]["code"] == "not_found"
+    assert requests.get(f"{door.url}/nothing", timeout=30).json()["error"]["code"] == "not_found"
 
 
 def test_the_description_has_the_form_and_the_statuses(tmp_path):
     with opened(tmp_path, docs=True) as door:
-        described = requests.get(f"{door.url}/openapi.json", timeout=5).json()["paths"]["/api/try-on"]["post"]
+        described = requests.get(f"{door.url}/openapi.json", timeout=30).json()["paths"]["/api/try-on"]["post"]
         form = described["requestBody"]["content"]["multipart/form-data"]["schema"]
         assert form["required"] == ["person_image", "cloth_image"]
         images = {"person_image", "cloth_image", "lower_cloth_image", "mask_image"}
@@ -376,7 +391,7 @@ def test_a_form_that_does_not_come_is_408_and_gives_its_place_back(door, monkeyp
     host, port = door.url.rpartition("/")[2].split(":")
     form = "Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 99"
     head = f"POST /api/try-on HTTP/1.1\r\nHost: x\r\n{form}\r\n\r\n"
-    with socket.create_connection((host, int(port)), timeout=5) as connection:
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
         connection.sendall(head.encode())
         assert b" 408 " in connection.recv(65536).splitlines()[0]
     assert door.ask().status_code == 200
@@ -389,7 +404,7 @@ def test_a_service_whose_places_are_taken_is_busy(tmp_path):
     with opened(tmp_path, max_in_flight=1) as door, ThreadPoolExecutor(1) as pool:
         door.engine.may_end.clear()
         running = pool.submit(door.ask)
-        assert door.engine.begun.wait(5)
+        assert door.engine.begun.wait(30)
         answer = door.ask()
         detail = refused(answer, 503, "overloaded")
         door.engine.may_end.set()
@@ -432,7 +447,7 @@ def test_without_a_key_that_is_ours_nobody_enters(tmp_path, path):
     with opened(tmp_path, api_keys=KEYS) as door:
         for headers, status in (({}, 401), ({"X-API-Key": "m" * 16}, 403), ({"Authorization": "Bearer \xe9"}, 403)):
             encoded = {name: value.encode("latin-1") for name, value in headers.items()}
-            assert requests.post(door.url + path, headers=encoded, timeout=5).status_code == status
+            assert requests.post(door.url + path, headers=encoded, timeout=30).status_code == status
         assert door.ask(**{"X-API-Key": KEYS[0]}).status_code == 200
         assert door.ask(Authorization=f"Bearer {KEYS[1]}").status_code == 200
         assert door.health()[0] == 200
@@ -456,12 +471,12 @@ def test_other_origins_are_closed_unless_they_are_set(tmp_path):
     origin = {"Origin": "https://shop.example"}
     with opened(tmp_path / "closed") as door:
         assert (
-            "access-control-allow-origin" not in requests.get(f"{door.url}/health", headers=origin, timeout=5).headers
+            "access-control-allow-origin" not in requests.get(f"{door.url}/health", headers=origin, timeout=30).headers
         )
     with opened(tmp_path / "open", cors_origins=("https://shop.example",)) as door:
-        answer = requests.get(f"{door.url}/health", headers=origin, timeout=5)
+        answer = requests.get(f"{door.url}/health", headers=origin, timeout=30)
         assert answer.headers["access-control-allow-origin"] == "https://shop.example"
-        other = requests.get(f"{door.url}/health", headers={"Origin": "https://evil.example"}, timeout=5)
+        other = requests.get(f"{door.url}/health", headers={"Origin": "https://evil.example"}, timeout=30)
         assert "access-control-allow-origin" not in other.headers
 
 
@@ -488,21 +503,21 @@ def test_keys_are_no_part_of_what_is_logged():
 
 def test_a_closed_rest_door_is_no_path(tmp_path):
     with running_app(tmp_path) as app, http_server(doors(app)) as url:
-        assert requests.get(f"{url}/health", timeout=5).status_code == 404
+        assert requests.get(f"{url}/health", timeout=30).status_code == 404
 
 
 def test_a_caller_that_leaves_while_it_waits_costs_no_picture(door):
     door.engine.may_end.clear()
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(door.ask)
-        assert door.engine.begun.wait(5)
+        assert door.engine.begun.wait(30)
         with pytest.raises(requests.exceptions.ReadTimeout):
             requests.post(
                 f"{door.url}/api/try-on",
                 files={"person_image": FILES["person.png"], "cloth_image": FILES["upper.png"]},
                 timeout=0.5,
             )
-        time.sleep(0.2)
+        time.sleep(1)  # the server must see that it left
         door.engine.may_end.set()
         assert running.result(10).status_code == 200
     ends = time.monotonic() + 5

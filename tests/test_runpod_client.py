@@ -334,7 +334,7 @@ def local_server(folder):
 
         def answers():
             try:
-                return requests.get(f"{url}/docs", timeout=2).ok
+                return requests.get(f"{url}/docs", timeout=30).ok
             except requests.exceptions.ConnectionError:
                 return process.poll() is not None
 

@@ -151,9 +151,9 @@ def test_the_same_request_makes_the_same_job_and_the_same_picture_through_all_do
     fields = usual_request(cloth_type="upper", lower_cloth_url=None, output_format="jpeg", **STEPS)
     caller = {name: fields[name] for name in ("userId", "timestamp", "cloth_type")}
     with opened(tmp_path, rest=True) as door, http_server(doors(door.app)) as url:
-        by_http = requests.post(f"{url}/invocations", json=fields, timeout=20).json()
+        by_http = requests.post(f"{url}/invocations", json=fields, timeout=60).json()
         form = {name: (None, value) for name, value in {**URLS, **caller}.items()}
-        by_rest = requests.post(f"{url}/api/try-on", files=form, timeout=20)
+        by_rest = requests.post(f"{url}/api/try-on", files=form, timeout=60)
         by_job = door.ask({**URLS, **caller, **STEPS})
         by_key = door.ask(fields)
         stored = (door.folder / by_http["object_key"]).read_bytes()
@@ -169,7 +169,7 @@ def test_the_same_files_make_the_same_job_as_an_upload(tmp_path):
             "cloth_image": FILES["upper.png"],
             "mask_image": FILES["mask.png"],
         }
-        by_rest = requests.post(f"{url}/api/try-on", files=files, timeout=20)
+        by_rest = requests.post(f"{url}/api/try-on", files=files, timeout=60)
         by_job = door.ask(wire(**STEPS))
     assert by_job["job_id"] == by_rest.headers["X-Job-Id"]
     assert by_job["result_image"] == by_rest.json()["imageBase64"]
@@ -507,7 +507,7 @@ def local(tmp_path_factory):
 
 def answers(url):
     try:
-        return requests.get(f"{url}/docs", timeout=2).status_code == 200
+        return requests.get(f"{url}/docs", timeout=30).status_code == 200
     except requests.exceptions.ConnectionError:
         return False
 

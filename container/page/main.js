@@ -3,7 +3,7 @@
 import { readMask, readSettings, ServiceError, tryOn } from "/page/api.js";
 import { copy } from "/page/copy.js";
 import { MaskEditor } from "/page/editor.js";
-import { OPTIONS, optionValues, refusalOf } from "/page/options.js";
+import { OPTIONS, optionValues, refusalOf, setOptions } from "/page/options.js";
 import { Pictures } from "/page/pictures.js";
 import { boto3Text, curlText } from "/page/request_text.js";
 import { Result } from "/page/result.js";
@@ -345,9 +345,7 @@ async function watch() {
 /** Sets what the service says of itself, when it is first reached. */
 function use(settings) {
   state.known = true;
-  find("num_inference_steps").value = settings.steps;
-  find("guidance_scale").value = settings.guidance;
-  find("quality").value = settings.quality;
+  setOptions(settings);
   find("model-size").textContent = `${settings.width} × ${settings.height}`;
   find("about-model").hidden = !settings.embedded;
   find("key-field").hidden = !settings.needs_key;

@@ -5,6 +5,20 @@ const MAX_SEED = 2n ** 63n - 1n;
 
 const find = (id) => document.getElementById(id);
 
+/** Sets the service's own values; the steps are those of the quality, until somebody sets others. */
+export function setOptions(settings) {
+  const steps = find("num_inference_steps"), quality = find("quality");
+  const usual = () => String(quality.value === "fast" ? settings.fast_steps : settings.steps);
+  quality.value = settings.quality;
+  find("guidance_scale").value = settings.guidance;
+  let own = (steps.value = usual());
+  quality.addEventListener("change", () => {
+    if (steps.value !== own) return;
+    own = steps.value = usual();
+    steps.dispatchEvent(new Event("input"));
+  });
+}
+
 /** Why the value of an option cannot be sent, or null. */
 export function refusalOf(name) {
   const input = find(name);
