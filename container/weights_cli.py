@@ -23,6 +23,7 @@ EXIT_OUTPUT = 73  # sysexits: cannot create the output
 EXIT_RETRY = 75  # sysexits: temporary failure
 EXIT_SETTINGS = 78  # sysexits: configuration
 TAR = ".tar.gz"
+ARCHIVES = (".tar", ".tgz", ".tbz2", ".txz", ".zip", ".7z", ".gz", ".bz2", ".xz", ".zst")  # what SageMaker never takes
 
 
 @click.group("weights")
@@ -30,8 +31,19 @@ def weights_group() -> None:
     """The published weights: list, download, convert, verify, pack, push."""
 
 
+def _folder(_context: click.Context, _option: click.Parameter, directory: Path) -> Path:
+    if directory.exists() and not directory.is_dir():
+        _end(EXIT_SETTINGS, f"{directory} is no folder")
+    return directory
+
+
 _DIRECTORY = click.option(
-    "--dir", "directory", type=click.Path(path_type=Path), default=Path("weights"), show_default=True
+    "--dir",
+    "directory",
+    type=click.Path(path_type=Path),
+    default=Path("weights"),
+    show_default=True,
+    callback=_folder,
 )
 _VARIANT = click.option("--variant", default="mix", show_default=True, help="mix, vitonhd or dresscode.")
 _WITHOUT_MASKER = click.option("--without-masker", is_flag=True, help="Leave out the masker's files.")
@@ -94,6 +106,8 @@ def weights_pack(directory: Path, variant: str, without_masker: bool, merged: bo
 
     Nothing but the files that are read, with their record. They are loaded first, as the service loads them.
     """
+    if output.name.lower().endswith(ARCHIVES) and not output.name.endswith(TAR):
+        _end(EXIT_USAGE, f"{output} is neither the name of a folder nor one that ends in {TAR}")
     if os.path.lexists(output):
         _end(EXIT_OUTPUT, f"{output} exists")
     pack = pack_tar if output.name.endswith(TAR) else pack_folder

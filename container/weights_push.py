@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Callable
 
+from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
@@ -24,15 +25,15 @@ from botocore.exceptions import (
     PartialCredentialsError,
 )
 
-from model.artifact import MASKER_PART, Artifact
-from model.weights import RECORD, Entry, WeightsError, record_of
+from model.artifact import MASKER_PART, Artifact, measured
+from model.weights import RECORD, Entry, record_of
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-URI = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/(?P<prefix>([A-Za-z0-9!_.*'()-]+/)+)")
-FILES_AT_ONCE = 4
-CONNECTIONS = 10 * FILES_AT_ONCE  # boto3 sends ten parts of 8 MB of a file at once
+URI = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/(?P<prefix>([A-Za-z0-9!_.'()-]+/)+)")
+FILES_AT_ONCE, PARTS_AT_ONCE = 4, 3  # of 8 MB each; more would starve each other on a slow line
+CONNECTIONS = FILES_AT_ONCE * PARTS_AT_ONCE
 HASH = "sha256"  # in an object's metadata
 NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError)
 OUTAGES = ("RequestTimeout", "BadDigest", "XAmzContentChecksumMismatch", "IncompleteBody", "NoSuchUpload", "SlowDown")
@@ -105,7 +106,7 @@ def push(s3: S3Client, artifact: Artifact, destination: Destination, progress: C
         progress: is told the bytes of each step, from several threads; those of files that are there, too.
     Raises:
         PushRefused, PrefixTaken, PushFailed.
-        WeightsError: a file cannot be read.
+        WeightsError: a file changed, or cannot be read; its object is as it was.
     """
     record = Entry(len(artifact.record), sha256(artifact.record).hexdigest())
     with _told_apart(destination):
@@ -151,18 +152,16 @@ class _Course:
                 raise
 
     def _send(self, name: str) -> None:
-        path = self._artifact.directory / name
-        try:
-            stream = path.open("rb")
-        except OSError as exc:
-            raise WeightsError(f"{path} cannot be read: {exc.strerror}") from exc
-        with stream, _told_apart(self._destination):
+        path, entry = self._artifact.directory / name, self._artifact.files[name]
+        # boto3 reads once what it cannot seek in, sends again from memory, and makes the object after the last bytes.
+        with measured(path, entry, lambda _: None, "pushed") as stream, _told_apart(self._destination):
             self._s3.upload_fileobj(
                 stream,
                 self._destination.bucket,
                 self._destination.prefix + name,
-                ExtraArgs={"Metadata": {HASH: self._artifact.files[name].sha256}},
+                ExtraArgs={"Metadata": {HASH: entry.sha256}},
                 Callback=self._tell,
+                Config=TransferConfig(max_concurrency=PARTS_AT_ONCE),
             )
 
     def _tell(self, sent: int) -> None:

@@ -113,13 +113,13 @@ def pack_folder(artifact: Artifact, output: Path, progress: Progress) -> None:
         for name, entry in artifact.files.items():
             target = fresh / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            with _measured(artifact.directory / name, entry, progress) as source, target.open("wb") as sink:
+            with measured(artifact.directory / name, entry, progress, "packed") as source, target.open("wb") as sink:
                 shutil.copyfileobj(source, sink, CHUNK_BYTES)
-            target.chmod(PERMISSIONS)
         (fresh / RECORD).write_bytes(artifact.record)
         for part in artifact.parts:
             weights.verify(fresh, *part)
-        fresh.chmod(FOLDER_PERMISSIONS)
+        for path in (*fresh.rglob("*"), fresh):  # others read it, whatever the umask
+            path.chmod(FOLDER_PERMISSIONS if path.is_dir() else PERMISSIONS)
         fresh.rename(output)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -135,8 +135,8 @@ def pack_tar(artifact: Artifact, output: Path, progress: Progress) -> None:
         with fresh.open("wb") as stream, _new_tar(stream) as tar:
             tar.addfile(_member(RECORD, len(artifact.record)), BytesIO(artifact.record))
             for name, entry in artifact.files.items():
-                with _measured(artifact.directory / name, entry, progress) as source:
-                    tar.addfile(_member(name, entry.bytes), cast(IO[bytes], source))  # it is only read
+                with measured(artifact.directory / name, entry, progress, "packed") as source:
+                    tar.addfile(_member(name, entry.bytes), source)
         _compare_tar(fresh, artifact)
         fresh.chmod(PERMISSIONS)
         fresh.rename(output)
@@ -177,13 +177,14 @@ def _digest(stream: IO[bytes]) -> str:
 
 
 class _Hashing:
-    """A file that hashes what is read of it, and ends as the expected one or not at all."""
+    """A file that hashes what is read of it, and gives its last bytes as the expected one's or not at all."""
 
-    def __init__(self, path: Path, stream: IO[bytes], expected: Entry, progress: Progress) -> None:
+    def __init__(self, path: Path, stream: IO[bytes], expected: Entry, progress: Progress, step: str) -> None:
         self._path = path
         self._stream = stream
         self._expected = expected
         self._progress = progress
+        self._step = step
         self._digest = hashlib.sha256()
         self._bytes = 0
 
@@ -200,24 +201,33 @@ class _Hashing:
         self._digest.update(chunk)
         self._bytes += len(chunk)
         self._progress(len(chunk))
-        if not chunk:
+        if len(chunk) != size or self._bytes >= self._expected.bytes:
             self.close()
         return chunk
 
     def close(self) -> None:
         """Raises WeightsError if what was read is not the expected file."""
         if Entry(self._bytes, self._digest.hexdigest()) != self._expected:
-            raise WeightsError(f"{self._path} changed while it was packed")
+            raise WeightsError(f"{self._path} changed while it was {self._step}")
 
 
 @contextmanager
-def _measured(path: Path, expected: Entry, progress: Progress) -> Iterator[_Hashing]:
-    """The file, which at the end of the block was the expected one."""
+def measured(path: Path, expected: Entry, progress: Progress, step: str) -> Iterator[IO[bytes]]:
+    """A file, which can be read but not sought in: once, from its beginning, and to its end only as the expected one.
+
+    Args:
+        path: the file.
+        expected: what it was.
+        progress: is told the bytes that were read.
+        step: what it is read for, as a participle.
+    Raises:
+        WeightsError: it changed, or cannot be read; in the block with its last bytes, or at the block's end.
+    """
     try:
         opened = path.open("rb")
     except OSError as exc:
         raise WeightsError(f"{path} cannot be read: {exc.strerror}") from exc
     with opened as stream:
-        hashing = _Hashing(path, stream, expected, progress)
-        yield hashing
+        hashing = _Hashing(path, stream, expected, progress, step)
+        yield cast(IO[bytes], hashing)  # whoever takes a file only reads it
         hashing.close()

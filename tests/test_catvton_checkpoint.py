@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -318,6 +319,56 @@ def test_a_wrong_scheduler_file_is_refused_by_name(root: Path, content: str | No
     path = root / published.SCHEDULER_FILE
     path.unlink() if content is None else path.write_text(content)
     with pytest.raises(WeightsError, match=r"scheduler_config\.json"):
+        CatVTONPipeline.from_published(root)
+
+
+UNET_CONFIG = f"{published.UNET_FOLDER}/{published.CONFIG_FILE}"
+VAE_CONFIG = f"{published.VAE_FOLDER}/{published.CONFIG_FILE}"
+DAMAGED_CONFIGS = [
+    (UNET_CONFIG, {"norm_num_groups": 0}),
+    (UNET_CONFIG, {"in_channels": -1}),
+    (UNET_CONFIG, {"block_out_channels": [2_000_000_000, 2_000_000_000]}),
+    (UNET_CONFIG, {"down_block_types": [0, 0]}),
+    (UNET_CONFIG, {"cross_attention_dim": {}}),
+    (UNET_CONFIG, {"layers_per_block": 1_000_000}),
+    (UNET_CONFIG, {"layers_per_block": [1, 1_000_000]}),
+    (UNET_CONFIG, {"transformer_layers_per_block": 1_000_000}),
+    (UNET_CONFIG, {"transformer_layers_per_block": [[1], [1_000_000]]}),
+    (VAE_CONFIG, {"norm_num_groups": 0}),
+    (VAE_CONFIG, {"latent_channels": -4}),
+    (VAE_CONFIG, {"latent_channels": 1.5}),
+    (VAE_CONFIG, {"block_out_channels": []}),
+    (VAE_CONFIG, {"layers_per_block": 10**30}),
+    (VAE_CONFIG, {"sample_size": float("inf")}),
+    (published.SCHEDULER_FILE, {"num_train_timesteps": -5}),
+    (published.SCHEDULER_FILE, {"num_train_timesteps": 0}),
+    (published.SCHEDULER_FILE, {"num_train_timesteps": 10**10}),
+    (published.SCHEDULER_FILE, {"beta_start": "a", "beta_schedule": "linear"}),
+    (published.SCHEDULER_FILE, {"beta_start": -1}),
+    (published.SCHEDULER_FILE, {"trained_betas": 1}),
+]
+
+
+@pytest.mark.parametrize(("file", "damage"), DAMAGED_CONFIGS, ids=str)
+def test_a_damaged_configuration_is_refused_by_name_in_one_line_at_once(
+    root: Path, file: str, damage: dict[str, object]
+) -> None:
+    config = {key: value for key, value in json.loads((root / file).read_text()).items() if key[0] != "_"}
+    (root / file).write_text(json.dumps({**config, **damage}))
+    began = time.monotonic()
+    with pytest.raises(WeightsError, match="does not describe a") as caught:
+        CatVTONPipeline.from_published(root)
+    assert time.monotonic() - began < 20
+    assert file in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("file", [UNET_CONFIG, VAE_CONFIG, published.SCHEDULER_FILE])
+@pytest.mark.parametrize("depth", [950, 100_000])  # json follows the first
+def test_a_configuration_that_is_nested_without_end_is_refused_by_name(root: Path, file: str, depth: int) -> None:
+    nested = "[" * depth + "]" * depth
+    (root / file).write_text(f'{{"num_train_timesteps": {nested}, "layers_per_block": {nested}}}')
+    with pytest.raises(WeightsError, match=file):
         CatVTONPipeline.from_published(root)
 
 

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import stat
 import tarfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from math import inf
 from pathlib import Path
 
 import pytest
 import requests
 import torch
+from botocore.config import Config
 from catvton_recipe import write_published_layout
 from click.testing import CliRunner
 from faulty_aws import faulty_aws
 from safetensors.torch import load_file, save_file
 
 from container.weights_cli import EXIT_OUTPUT, EXIT_RETRY, EXIT_SETTINGS, EXIT_USAGE, weights_group
-from container.weights_push import Destination, PushFailed, PushRefused, push
+from container.weights_push import CONNECTIONS, Destination, PushFailed, PushRefused, push
 from container.wiring import s3_client
 from deploy.demo import BUCKET, FAKE_KEYS, local_cloud, serving
 from model import weights
-from model.artifact import MASKER_PART, Artifact, merge
+from model.artifact import MASKER_PART, Artifact, merge, pack_folder, pack_tar
 from model.maskers.published import PUBLISHED, twin_of
 from model.weights import RECORD, WeightsError
 
@@ -39,6 +42,7 @@ FILES = [
     "stable-diffusion-inpainting/unet/config.json",
     UNET,
 ]
+ENGINE_PART = ("catvton", "mix")
 URI = f"s3://{BUCKET}/weights/v1/"
 PREFIX = "weights/v1/"
 
@@ -77,8 +81,18 @@ def files_in(folder: Path) -> list[str]:
 def flip_last_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
-    path.unlink()
+    put_in_place(path, content)
+
+
+def put_in_place(path: Path, content: bytes) -> None:
+    path.unlink()  # it may be a link
     path.write_bytes(content)
+
+
+def artifact_of(source: Path, *parts: tuple[str, str]) -> Artifact:
+    """As `prove` makes it, of what was not loaded."""
+    record = weights.record_of(source, parts)
+    return Artifact(source, parts, record.files, weights.text_of(record))
 
 
 def without_a_tensor(path: Path) -> None:
@@ -100,7 +114,20 @@ def test_a_packed_folder_holds_what_is_read_and_its_record_and_nothing_else(sour
     assert not any(path.is_symlink() for path in packed.rglob("*"))
     assert all((packed / name).read_bytes() == (source / name).read_bytes() for name in FILES)
     assert weights.verify(packed, "catvton", "mix").verified
-    assert all(stat.S_IMODE(path.stat().st_mode) & 0o444 == 0o444 for path in [packed, *packed.rglob("*")])
+
+
+@pytest.mark.parametrize("options", [[], ["--merged"]])
+def test_others_can_read_what_was_packed_whatever_the_umask(source, tmp_path, options):
+    before = os.umask(0o077)
+    try:
+        for output in ("model", "model.tar.gz"):
+            assert run("pack", *options, "--dir", source, "-o", tmp_path / output)[0] == 0
+    finally:
+        os.umask(before)
+    packed = [tmp_path / "model", *(tmp_path / "model").rglob("*")]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in packed if path.is_dir()} == {0o755}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in packed if path.is_file()} == {0o644}
+    assert stat.S_IMODE((tmp_path / "model.tar.gz").stat().st_mode) == 0o644
 
 
 def test_a_packed_file_is_unpacked_to_the_same_and_its_bytes_follow_from_the_weights_alone(source, tmp_path):
@@ -139,6 +166,24 @@ def test_recorded_weights_that_are_not_intact_are_refused_and_nothing_is_left(
     assert not (tmp_path / "out").exists()
 
 
+CHANGES = {
+    "another byte at the end": flip_last_byte,
+    "longer": lambda path: put_in_place(path, path.read_bytes() + b"x"),
+    "shorter": lambda path: put_in_place(path, path.read_bytes()[:-1]),
+    "gone": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("pack", [pack_folder, pack_tar])
+@pytest.mark.parametrize("change", [change for change in CHANGES if change != "longer"])  # a tar takes what it was
+def test_a_file_that_changes_before_it_is_packed_is_refused_and_nothing_is_left(source, tmp_path, pack, change):
+    artifact = artifact_of(source, ENGINE_PART)
+    CHANGES[change](source / UNET)
+    with pytest.raises(WeightsError, match="cannot be read" if change == "gone" else "changed while it was packed"):
+        pack(artifact, tmp_path / "out" / "model", int)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_weights_that_do_not_fit_are_refused_without_a_record_too(source, tmp_path):
     without_a_tensor(source / ATTENTION)
     status, said = run("pack", "--dir", source, "-o", tmp_path / "model")
@@ -162,7 +207,34 @@ def test_what_is_there_is_not_overwritten(source, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["model.tgz", "model.tar", "model.zip", "model.tar.xz", "model.TAR.GZ", "model.gz"])
+def test_an_archive_that_sagemaker_does_not_take_is_refused_and_no_folder_gets_its_name(source, tmp_path, name):
+    status, said = run("pack", "--dir", source, "-o", tmp_path / name)
+    assert (status, len(said.splitlines())) == (EXIT_USAGE, 1)
+    assert f"{name} is neither the name of a folder nor one that ends in .tar.gz" in said
+    assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("name", ["v1.2", "mix.tar.gz.parts", "weights-gz"])
+def test_a_folder_may_have_dots_in_its_name(source, tmp_path, name):
+    assert run("pack", "--dir", source, "-o", tmp_path / name)[0] == 0
+    assert (tmp_path / name).is_dir()
+
+
+@pytest.mark.parametrize("command", [["push", URI], ["pack", "-o", "packed"], ["verify"]])
+def test_a_file_in_the_place_of_the_folder_of_weights_is_called_that(tmp_path, command):
+    packed = tmp_path / "out.tar.gz"
+    packed.write_bytes(b"x")
+    assert run(*command, "--dir", packed) == (EXIT_SETTINGS, f"{packed} is no folder\n")
+
+
 # Push
+
+
+@pytest.fixture
+def no_pauses(monkeypatch):
+    """Between the attempts, which take a minute otherwise."""
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0)
 
 
 @pytest.fixture(scope="module")
@@ -202,9 +274,10 @@ def fetch_as_sagemaker(s3, folder: Path) -> Path:
 
 
 @contextmanager
-def between(url: str, refuse: str = "nothing at all") -> Iterator[tuple[str, list[str]]]:
-    """A way to S3 on which uploads of keys that contain `refuse` end in 503; and the keys that were put, in order."""
+def between(url: str, refuse: str = "nothing at all", times: float = inf) -> Iterator[tuple[str, list[str]]]:
+    """A way to S3 on which so many uploads of keys that contain `refuse` end in 503; and the keys put, in order."""
     put: list[str] = []
+    refusals: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -214,7 +287,8 @@ def between(url: str, refuse: str = "nothing at all") -> Iterator[tuple[str, lis
                 self.send_response_only(100)
                 self.end_headers()
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            if self.command in ("PUT", "POST") and refuse in self.path:
+            if self.command in ("PUT", "POST") and refuse in self.path and len(refusals) < times:
+                refusals.append(self.path)
                 return self.reply(503, {}, b"")
             if self.command == "PUT":
                 put.append(self.path.partition("?")[0].partition(PREFIX)[2])
@@ -258,9 +332,10 @@ def test_pushed_weights_are_served_after_sagemaker_fetched_them(s3, source, tmp_
     small = {"VTON_WIDTH": "256", "VTON_HEIGHT": "256"}  # the picture with which it warms up
     environ = {"VTON_WEIGHTS": str(fetched), "VTON_OUTPUT_DIR": str(tmp_path), **small}
     with serving(environ, tmp_path / "serve.log") as url:
-        assert requests.get(f"{url}/ping", timeout=5).status_code == 200
+        assert requests.get(f"{url}/ping", timeout=30).status_code == 200
 
 
+@pytest.mark.usefixtures("no_pauses")
 def test_a_push_that_broke_off_is_not_taken_for_whole_and_a_repeat_sends_the_rest(
     cloud, s3, source, tmp_path, monkeypatch
 ):
@@ -283,6 +358,52 @@ def test_a_push_that_broke_off_is_not_taken_for_whole_and_a_repeat_sends_the_res
     assert weights.verify(fetch_as_sagemaker(s3, tmp_path / "whole"), "catvton", "mix").verified
 
 
+@pytest.mark.usefixtures("no_pauses")
+def test_a_line_that_fails_eight_times_does_not_end_a_push(cloud, s3, source, monkeypatch):
+    with between(cloud.url, refuse=UNET, times=8) as (way, _):
+        at(way, monkeypatch)
+        status, said = run("push", URI, "--dir", source)
+    assert status == 0, said
+    assert PREFIX + UNET in keys(s3)
+
+
+@pytest.mark.usefixtures("s3")
+def test_a_push_waits_for_a_slow_line_as_long_as_boto3_would_by_itself():
+    own, default = s3_client(CONNECTIONS).meta.config, Config()
+    assert own.connect_timeout >= default.connect_timeout
+    assert own.read_timeout >= default.read_timeout
+
+
+class Watched:
+    """A client whose uploads wait for a second one, and that knows how many of them, and of their parts, there were."""
+
+    def __init__(self, s3) -> None:
+        self._s3 = s3
+        self._under_way: list[object] = []
+        self._two = threading.Event()
+        self.files = self.parts = 0
+
+    def __getattr__(self, name: str):
+        return getattr(self._s3, name)
+
+    def upload_fileobj(self, stream, *args, **options) -> None:
+        self._under_way.append(stream)
+        self.files = max(self.files, len(self._under_way))
+        self.parts = max(self.parts, len(self._under_way) * options["Config"].max_concurrency)
+        if len(self._under_way) > 1:
+            self._two.set()
+        assert self._two.wait(30)
+        self._s3.upload_fileobj(stream, *args, **options)
+        self._under_way.remove(stream)
+
+
+def test_files_go_side_by_side_and_few_parts_share_the_line(s3, source):
+    watched = Watched(s3_client(CONNECTIONS))
+    assert push(watched, artifact_of(source, ENGINE_PART), Destination.parse(URI), int).sent == len(FILES)
+    assert 2 <= watched.files <= 4
+    assert watched.parts <= CONNECTIONS == watched.meta.config.max_pool_connections
+
+
 def test_a_repeat_sends_nothing_and_a_change_sends_what_changed_and_the_record_last(
     cloud, s3, source, tmp_path, monkeypatch
 ):
@@ -299,6 +420,26 @@ def test_a_repeat_sends_nothing_and_a_change_sends_what_changed_and_the_record_l
         assert run("push", URI, "--dir", source)[0] == 0
         assert put == [ATTENTION, RECORD]
     assert weights.verify(fetch_as_sagemaker(s3, tmp_path / "opt"), "catvton", "mix").verified
+
+
+@pytest.mark.parametrize("size", [100, 16 * 2**20])  # sent in one piece, and in two parts
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_that_changes_before_it_is_pushed_never_arrives_and_a_repeat_sends_the_right_one(
+    s3, source, size, change
+):
+    content = bytes(size)
+    put_in_place(source / UNET, content)
+    artifact = artifact_of(source, ENGINE_PART)
+    CHANGES[change](source / UNET)
+    with pytest.raises(WeightsError, match="cannot be read" if change == "gone" else "changed while it was pushed"):
+        push(s3_client(CONNECTIONS), artifact, Destination.parse(URI), int)
+    assert not {PREFIX + UNET, PREFIX + RECORD} & set(keys(s3))
+    assert "Uploads" not in s3.list_multipart_uploads(Bucket=BUCKET)
+    (source / UNET).write_bytes(content)
+    push(s3_client(CONNECTIONS), artifact, Destination.parse(URI), int)
+    where = s3.generate_presigned_url("get_object", {"Bucket": BUCKET, "Key": PREFIX + UNET})
+    assert requests.get(where, timeout=20).content == content  # boto3 takes the stand-in's checksum of parts for wrong
+    assert PREFIX + RECORD in keys(s3)
 
 
 def test_a_file_of_the_same_size_that_somebody_else_put_there_is_replaced(s3, source):
@@ -332,9 +473,7 @@ def artifact_with_masker(source: Path) -> Artifact:
         twin = twin_of(source / name)
         twin.parent.mkdir(exist_ok=True)
         save_file({"x": torch.zeros(4)}, twin)
-    parts = (("catvton", "mix"), MASKER_PART)
-    record = weights.record_of(source, parts)
-    return Artifact(source, parts, record.files, weights.text_of(record))
+    return artifact_of(source, ENGINE_PART, MASKER_PART)
 
 
 def test_the_files_of_the_masker_go_first_so_that_a_half_push_lacks_what_the_service_needs(
@@ -344,7 +483,7 @@ def test_the_files_of_the_masker_go_first_so_that_a_half_push_lacks_what_the_ser
     told: list[int] = []
     with between(cloud.url) as (way, put):
         at(way, monkeypatch)
-        pushed = push(s3_client(40), artifact, Destination.parse(URI), told.append)
+        pushed = push(s3_client(CONNECTIONS), artifact, Destination.parse(URI), told.append)
     assert (pushed.sent, pushed.there) == (9, 0)
     masker = {twin_of(Path(name)).as_posix() for name in PUBLISHED}
     assert set(put[:3]) == masker
@@ -388,6 +527,7 @@ def test_a_bucket_that_is_not_there_is_refused(s3, source):
 ERROR = b"<Error><Code>%s</Code><Message>no</Message></Error>"
 
 
+@pytest.mark.usefixtures("no_pauses")
 @pytest.mark.parametrize(
     ("status", "code", "kind"),
     [
@@ -399,14 +539,14 @@ ERROR = b"<Error><Code>%s</Code><Message>no</Message></Error>"
     ],
 )
 def test_refusals_and_outages_of_s3_are_told_apart(source, monkeypatch, status, code, kind):
-    record = weights.record_of(source, (("catvton", "mix"),))
-    artifact = Artifact(source, (("catvton", "mix"),), record.files, weights.text_of(record))
+    artifact = artifact_of(source, ENGINE_PART)
     with faulty_aws((status, {}, ERROR % code)) as server:
         at(server.url, monkeypatch)
         with pytest.raises(kind, match=code.decode()):
-            push(s3_client(40), artifact, Destination.parse(URI), int)
+            push(s3_client(CONNECTIONS), artifact, Destination.parse(URI), int)
 
 
+@pytest.mark.usefixtures("no_pauses")
 def test_a_store_that_is_away_and_keys_that_are_missing_are_sentences(source, tmp_path, monkeypatch):
     at("http://127.0.0.1:9", monkeypatch)
     status, said = run("push", URI, "--dir", source)

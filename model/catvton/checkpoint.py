@@ -29,6 +29,14 @@ from model.weights import WeightsError
 CHUNK_BYTES = 96 * 2**20  # read from one mapping of a file; its pages are given back before the next
 FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # by safetensors' name
 NAMED_AT_MOST = 5  # tensors that one error lists
+MOST = {  # of what a config makes as many as it says; published models have 2, 10 and 1000
+    "layers_per_block": 16,
+    "transformer_layers_per_block": 16,
+    "reverse_transformer_layers_per_block": 16,
+    "num_train_timesteps": 100_000,
+}
+# What diffusers and torch raise of a wrong config: they divide by it, look into it, and make shapes of it.
+MISFITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 UNET, VAE = "unet", "vae"  # what a tensor's name begins with in a merged file
 
 Shapes = dict[str, tuple[int, ...]]
@@ -191,26 +199,42 @@ def _fill_vae(vae: AutoencoderKL, file: Path, *, dtype: torch.dtype, device: tor
 
 
 def _load_scheduler(path: Path) -> DDIMScheduler:
-    config = _read_json(path)
-    try:  # the file may name another class of scheduler; its numbers are those of DDIM
+    with _described(path, "a scheduler") as config:  # of any class; its numbers are those of DDIM
         return DDIMScheduler.from_config(config, steps_offset=1, clip_sample=False, set_alpha_to_one=False)
-    except (TypeError, ValueError, NotImplementedError) as exc:
-        raise WeightsError(f"{path} does not describe a scheduler: {exc}") from exc
 
 
 def _build(module_class: Any, config_file: Path) -> Any:  # noqa: ANN401 - diffusers has no types
-    config = _read_json(config_file)
+    meta = torch.device("meta")  # shapes without memory: every tensor is assigned later
+    with _described(config_file, f"a {module_class.__name__}") as config, meta:
+        return module_class.from_config(config).eval()
+
+
+@contextmanager
+def _described(path: Path, what: str) -> Iterator[dict[str, Any]]:
+    """The config in a file; WeightsError, in one sentence, if nothing can be made of it in the block."""
+    config = _read_json(path)
     try:
-        with torch.device("meta"):  # shapes without memory: every tensor is assigned later
-            return module_class.from_config(config).eval()
-    except (TypeError, ValueError) as exc:
-        raise WeightsError(f"{config_file} does not describe a {module_class.__name__}: {exc}") from exc
+        for name, most in MOST.items():
+            if any(number > most for number in _numbers(config.get(name))):
+                raise ValueError(f"{name} is above {most}")
+        yield config
+    except MISFITS as exc:
+        reason = next(iter(str(exc).splitlines()), type(exc).__name__)  # torch lists its signatures below
+        raise WeightsError(f"{path} does not describe {what}: {reason}") from exc
+
+
+def _numbers(value: object) -> Iterator[float]:
+    if isinstance(value, list):
+        for each in value:
+            yield from _numbers(each)
+    elif isinstance(value, (int, float)):
+        yield value
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise WeightsError(f"{path} cannot be read as JSON: {exc}") from exc
     if not isinstance(config, dict):
         raise WeightsError(f"{path} holds no JSON object")
