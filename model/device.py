@@ -12,6 +12,9 @@ from model.interface import DeviceFailed, EngineError, OutOfMemory
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 DEVICES = ("cuda", "cpu")
+# What CUDA, cuBLAS, cuDNN and Triton say. The first list comes first, for most of its texts have words of the second.
+SHORT_OF_MEMORY = ("out of memory", "_ALLOC_FAILED", "_ALLOCATION_FAILED", "unable to find an engine to execute")
+DEVICE_FAILED = ("CUDA error", "CUDA driver error", "Triton Error [CUDA]")
 
 
 def choose_device(device: str) -> torch.device:
@@ -45,17 +48,27 @@ def failures_told_apart() -> Iterator[None]:
     """
     try:
         yield
-    except torch.cuda.OutOfMemoryError as exc:
-        traceback.clear_frames(exc.__traceback__)  # they hold the tensors that filled the memory
-        torch.cuda.empty_cache()
-        raise OutOfMemory(str(exc)) from exc
     except RuntimeError as exc:
-        if is_device_failure(exc):
-            raise DeviceFailed(str(exc)) from exc
-        raise EngineError(str(exc)) from exc
+        raise _told_apart(exc) from exc
 
 
-def is_device_failure(exc: RuntimeError) -> bool:
-    """Whether CUDA reported an error that outlives the call."""
+def kind_of(failure: RuntimeError) -> type[EngineError]:
+    """What torch's failure is to a service: `OutOfMemory`, `DeviceFailed`, or `EngineError` for any other."""
+    text = str(failure)
+    if isinstance(failure, torch.cuda.OutOfMemoryError) or any(words in text for words in SHORT_OF_MEMORY):
+        return OutOfMemory
     accelerator_error = getattr(torch, "AcceleratorError", None)  # torch 2.8 and later
-    return "CUDA error" in str(exc) or (accelerator_error is not None and isinstance(exc, accelerator_error))
+    if accelerator_error is not None and isinstance(failure, accelerator_error):
+        return DeviceFailed
+    return DeviceFailed if any(words in text for words in DEVICE_FAILED) else EngineError
+
+
+def _told_apart(exc: RuntimeError) -> EngineError:
+    kind = kind_of(exc)
+    if kind is OutOfMemory:
+        traceback.clear_frames(exc.__traceback__)  # they hold the tensors that filled the memory
+        try:
+            torch.cuda.empty_cache()
+        except RuntimeError as emptying:  # on a failed device too cuDNN says that it finds no engine
+            return kind_of(emptying)(f"{exc}; then the cache could not be emptied: {emptying}")
+    return kind(str(exc))

@@ -12,7 +12,7 @@ from typing import Literal
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 
 from model.interface import Image as Pixels
 
@@ -47,6 +47,24 @@ def crop_box(width_in: int, height_in: int, width: int, height: int) -> Box:
         (width_in + kept_width) // 2,
         (height_in + kept_height) // 2,
     )
+
+
+def fit_box(width_in: int, height_in: int, width: int, height: int) -> Box:
+    """Where a whole picture lies when it is fitted, centred, inside width x height.
+
+    Returns:
+        (left, top, right, bottom) in px, right and bottom exclusive, at least 1 px a side.
+    Raises:
+        ValueError: a size below 1.
+    """
+    _check_sizes(width_in, height_in, width, height)
+    fitted_width, fitted_height = width, height
+    if width_in * height < width * height_in:
+        fitted_width = max(1, width_in * height // height_in)
+    else:
+        fitted_height = max(1, height_in * width // width_in)
+    left, top = (width - fitted_width) // 2, (height - fitted_height) // 2
+    return left, top, left + fitted_width, top + fitted_height
 
 
 def crop_resize(
@@ -103,16 +121,31 @@ def fit_pad(image: Image.Image, width: int, height: int) -> Image.Image:
     Raises:
         ValueError: a size below 1.
     """
-    width_in, height_in = image.size
-    _check_sizes(width_in, height_in, width, height)
-    if width_in * height < width * height_in:
-        fitted = (max(1, width_in * height // height_in), height)
-    else:
-        fitted = (width, max(1, height_in * width // width_in))
+    left, top, right, bottom = fit_box(image.width, image.height, width, height)
     canvas = Image.new("RGB", (width, height), _WHITE)
-    resized = image.convert("RGB").resize(fitted, Image.Resampling.LANCZOS)
-    canvas.paste(resized, ((width - fitted[0]) // 2, (height - fitted[1]) // 2))
+    canvas.paste(image.convert("RGB").resize((right - left, bottom - top), Image.Resampling.LANCZOS), (left, top))
     return canvas
+
+
+def trim_white(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Cut white from two opposite sides alike, as far as the picture exceeds the aspect width:height.
+
+    What `fit_pad` put around a picture goes before it is fitted to another aspect, which would make it smaller twice.
+
+    Args:
+        image: RGB.
+        width, height: the aspect.
+    Returns:
+        A new RGB image; nothing but pure white is missing.
+    Raises:
+        ValueError: a size below 1.
+    """
+    _check_sizes(image.width, image.height, width, height)
+    whole = (0, 0, image.width, image.height)
+    left, top, right, bottom = ImageOps.invert(image).getbbox() or whole
+    across = min(left, image.width - right, max(0, image.width - image.height * width // height) // 2)
+    down = min(top, image.height - bottom, max(0, image.height - image.width * height // width) // 2)
+    return image.crop((across, down, image.width - across, image.height - down))
 
 
 def join_garments(upper: Pixels, lower: Pixels, style: Literal["clean", "legacy"] = "clean") -> Pixels:

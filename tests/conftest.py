@@ -41,7 +41,7 @@ class Endpoint:
         return client("sagemaker-runtime", self.runtime)
 
     def metric(self, name: str) -> float:
-        families = text_string_to_metric_families(requests.get(f"{self.container}/metrics", timeout=5).text)
+        families = text_string_to_metric_families(requests.get(f"{self.container}/metrics", timeout=30).text)
         return sum(sample.value for family in families for sample in family.samples if sample.name == name)
 
 

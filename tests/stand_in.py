@@ -111,7 +111,7 @@ class StandInEngine:
     def generate(self, inputs, settings):
         self.begun.set()
         time.sleep(self.seconds)
-        self.may_end.wait(10)
+        self.may_end.wait(60)
         if self.failures:
             raise self.failures.pop()
         self.made.append(settings)
@@ -199,7 +199,7 @@ def running_app(
     models = Models(engine, masker)
     app = assemble(Settings(output_dir=tmp_path, **settings), ports, lambda: models, lambda _models: None)
     app.start()
-    assert app.worker.wait_until_loaded(5)
+    assert app.worker.wait_until_loaded(30)
     try:
         yield app
     finally:

@@ -13,7 +13,9 @@ from PIL import Image
 from model import embedded, load_engine, weights
 from model.catvton.compiling import compile_unet
 from model.catvton.engine import MEMORIES, CatVTONEngine, load, to_picture
+from model.catvton.inputs import person_tensor
 from model.device import choose_device, choose_dtype
+from model.geometry import crop_resize, fit_pad
 from model.interface import (
     EMBEDDED,
     BadPicture,
@@ -146,6 +148,81 @@ def test_the_work_size_itself_is_not_resized() -> None:
     np.testing.assert_array_equal(engine.generate(inputs(), SETTINGS), to_picture(shaded()[0]))
 
 
+class EchoPipeline:
+    """Answers with the people as a pipeline crops them, and keeps what it was given."""
+
+    def __call__(self, people: list, garments: list, masks: list, *, width: int, height: int, **_: object) -> object:
+        self.person, self.garment, self.mask = people[0], garments[0], masks[0]
+        return SimpleNamespace(
+            images=person_tensor([Image.fromarray(each) for each in people], width, height) / 2 + 0.5
+        )
+
+
+def echo(given: TryOnInputs, size_wh: tuple[int, int]) -> tuple[EchoPipeline, np.ndarray]:
+    """What an engine that draws at 48x64 hands over, and its picture of that size."""
+    pipeline = EchoPipeline()
+    engine = CatVTONEngine(pipeline, "catvton/embedded", work_size_wh=(48, 64))
+    return pipeline, engine.generate(given, replace(SETTINGS, width=size_wh[0], height=size_wh[1]))
+
+
+def slopes(size_wh: tuple[int, int]) -> TryOnInputs:
+    """Colours that tell the place, and a mask of the left half."""
+    x, y = np.meshgrid(np.linspace(0, 255, size_wh[0]), np.linspace(0, 255, size_wh[1]))
+    person = np.stack([x, y, 255 - x], axis=-1).astype(np.uint8)
+    return TryOnInputs(person, person, np.where(x < 128, 255, 0).astype(np.uint8))
+
+
+@pytest.mark.parametrize("size_wh", [(96, 128), (128, 128), (256, 128), (80, 256), (88, 128), (512, 64), (64, 512)])
+def test_the_person_is_in_place_whatever_aspect_is_asked_for(size_wh: tuple[int, int]) -> None:
+    given = slopes(size_wh)
+    pipeline, picture = echo(given, size_wh)
+    assert picture.shape == given.person.shape
+    assert np.abs(picture.astype(int) - given.person).mean() < 4
+    assert pipeline.mask.shape == pipeline.person.shape[:2]
+
+
+@pytest.mark.parametrize("size_wh", [(128, 128), (80, 256)])
+def test_a_person_of_another_size_is_cropped_to_the_aspect_asked_for(size_wh: tuple[int, int]) -> None:
+    given = slopes((300, 200))
+    cropped = crop_resize(Image.fromarray(given.person), *size_wh)
+    assert np.abs(echo(given, size_wh)[1].astype(int) - np.asarray(cropped)).mean() < 4
+
+
+def test_what_the_mask_hides_does_not_show_beside_the_person() -> None:
+    pipeline, _ = echo(slopes((256, 128)), (256, 128))
+    assert pipeline.person.shape == (64, 48, 3)
+    np.testing.assert_array_equal(pipeline.mask >= 128, np.tile(np.arange(48) < 24, (64, 1)))
+
+
+@pytest.mark.parametrize("work_size_wh", [None, (48, 64), (24, 32)])
+def test_where_the_aspect_is_that_of_the_work_the_pictures_are_handed_over_as_they_came(
+    work_size_wh: tuple[int, int] | None,
+) -> None:
+    given, pipeline = inputs(), EchoPipeline()
+    CatVTONEngine(pipeline, "catvton/fake", work_size_wh=work_size_wh).generate(given, SETTINGS)
+    assert (pipeline.person is given.person, pipeline.garment is given.garment, pipeline.mask is given.mask) == (
+        True,
+    ) * 3
+
+
+@pytest.mark.parametrize(("size_wh", "of_work_wh"), [((256, 128), (96, 128)), ((80, 256), (80, 106))])
+def test_white_around_a_garment_does_not_make_it_smaller_twice(
+    size_wh: tuple[int, int], of_work_wh: tuple[int, int]
+) -> None:
+    garment = np.asarray(fit_pad(Image.new("RGB", (66, 88)), *size_wh))
+    pipeline, _ = echo(replace(slopes(size_wh), garment=garment), size_wh)
+    assert pipeline.garment.shape[1::-1] == of_work_wh
+    assert (pipeline.garment == 0).sum() == (garment == 0).sum()
+
+
+@pytest.mark.parametrize("grey", [0, 254, 255])
+def test_no_more_of_a_garment_is_cut_than_white_on_both_sides(grey: int) -> None:
+    garment = np.full((128, 256, 3), 255, np.uint8)
+    garment[:, 10:200] = grey
+    pipeline, _ = echo(replace(slopes((256, 128)), garment=garment), (256, 128))
+    assert pipeline.garment.shape == ((128, 256, 3) if grey == 255 else (128, 236, 3))
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
 def test_one_value_that_is_not_finite_makes_a_bad_picture(poison: float) -> None:
     pixels = shaded()
@@ -185,6 +262,54 @@ def test_a_picture_for_which_memory_lacked_once_is_made_with_an_empty_cache(monk
     assert emptied == [True]
 
 
+HINT = (
+    "\nCUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be "
+    "incorrect.\nFor debugging consider passing CUDA_LAUNCH_BLOCKING=1\nCompile with `TORCH_USE_CUDA_DSA` to enable "
+    "device-side assertions.\n"
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"CUDA error: out of memory{HINT}",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "GET was unable to find an engine to execute this computation",
+        "FIND was unable to find an engine to execute this computation",
+        "CUDA driver error: out of memory",
+        "Triton Error [CUDA]: out of memory",
+    ],
+)
+def test_memory_that_lacks_is_told_apart_in_whatever_words(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    for error in errors_of_cuda(text):
+        assert generate(error, shaded()).shape == (64, 48, 3)
+        with pytest.raises(OutOfMemory) as caught:
+            generate(error)
+        assert caught.value.__cause__ is error
+    assert len(emptied) == 3 * len(errors_of_cuda(text))
+
+
+def errors_of_cuda(text: str) -> list[RuntimeError]:
+    """As this torch may raise it: later ones have a class of their own for what CUDA reports."""
+    return [kind(text) for kind in (RuntimeError, getattr(torch, "AcceleratorError", None)) if kind is not None]
+
+
+def test_a_failed_device_on_which_cudnn_finds_no_engine_is_told_from_one_short_of_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", fail)
+    with pytest.raises(DeviceFailed, match=r"unable to find an engine.*illegal memory access"):
+        generate(RuntimeError("GET was unable to find an engine to execute this computation"), shaded())
+
+
 def test_a_batch_for_which_memory_lacks_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     pipeline = FakePipeline(torch.cuda.OutOfMemoryError("CUDA out of memory"), shaded().repeat(2, 1, 1, 1))
@@ -208,11 +333,23 @@ def test_a_batch_of_different_settings_is_refused() -> None:
         engine.generate_batch([inputs()] * 2, [SETTINGS, replace(SETTINGS, steps=3)])
 
 
-def test_a_sticky_cuda_error_means_the_device_failed() -> None:
-    cause = RuntimeError("CUDA error: an illegal memory access was encountered")
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"CUDA error: an illegal memory access was encountered{HINT}",
+        f"CUDA error: device-side assert triggered{HINT}",
+        "CUDA driver error: device-side assert triggered",
+        "Triton Error [CUDA]: an illegal memory access was encountered",
+    ],
+)
+def test_a_sticky_cuda_error_means_the_device_failed(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    cause = RuntimeError(text)
     with pytest.raises(DeviceFailed) as caught:
-        generate(cause)
+        generate(cause, shaded())
     assert caught.value.__cause__ is cause
+    assert emptied == []
 
 
 @pytest.mark.skipif(not hasattr(torch, "AcceleratorError"), reason="this torch has no AcceleratorError")

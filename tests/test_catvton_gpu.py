@@ -99,13 +99,27 @@ def waiting_refused() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@contextmanager
+def whole_float32() -> Iterator[None]:
+    """Neither convolutions nor products of matrices round float32 to TF32."""
+    convolutions, matrices = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision(matrices)
+
+
 @torch.no_grad()
 def test_in_half_precision_the_exact_loop_is_as_near_to_the_truth_as_the_plain_one() -> None:
-    truth = plain_latents(torch.float32)
+    with whole_float32():
+        truth = plain_latents(torch.float32)
     plain, exact = plain_latents(torch.float16), exact_latents(torch.float16)
     rounding = distance(plain, truth)
     assert 0 < rounding < 2e-2
-    assert distance(exact, truth) <= 1.5 * rounding
+    assert distance(exact, truth) <= 1.25 * rounding
     assert distance(exact, plain) <= 2 * rounding
 
 
@@ -155,7 +169,8 @@ def test_a_picture_of_the_published_size_takes_at_most_4_5_gb() -> None:
         )
     assert made.images.shape == (1, 3, job.height, job.width)
     assert before is not None
-    assert peak_of((vae, unet), before, CARD).allocated <= LIMIT_BYTES
+    peak = peak_of((vae, unet), before, CARD)
+    assert max(peak.allocated, peak.reserved) <= LIMIT_BYTES
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler

@@ -8,10 +8,11 @@ import torch
 from catvton_recipe import build_pipeline
 from diffusers import DDIMScheduler, PNDMScheduler
 
+from model.catvton import published
 from model.catvton.knobs import EXACT, QUALITIES, Knobs
 from model.catvton.latent_cache import LatentCache, content_key
 from model.catvton.pipeline import CatVTONPipeline
-from model.catvton.schedule import LinearSteps, SchedulerSteps, steps_of
+from model.catvton.schedule import LinearSteps, SchedulerSteps, most_steps, solver_like, steps_of
 
 SIZE = {"height": 64, "width": 64}
 STEPS = 5
@@ -32,6 +33,29 @@ def pictures(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def draw(pipeline: CatVTONPipeline, knobs: Knobs = EXACT, **changes: object) -> torch.Tensor:
     options = {**SIZE, "num_inference_steps": STEPS, "output_type": "latent", "guidance_scale": 2.5, **changes}
     return pipeline(*pictures(), **options, generator=torch.Generator().manual_seed(3), knobs=knobs).images
+
+
+@pytest.mark.parametrize("offset", [0, 1, 3])
+@pytest.mark.parametrize("solver", ["ddim", "dpm++", "unipc"])
+def test_a_schedule_has_a_timestep_for_each_of_as_many_steps_as_are_let_through(solver: str, offset: int) -> None:
+    scheduler = DDIMScheduler(**{**published.SCHEDULER_CONFIG, "steps_offset": offset})
+    most = most_steps(scheduler, solver)
+    assert most == 1000 - offset - (solver != "ddim")
+    latents = torch.ones(1, 4, 2, 2)
+    steps = steps_of(solver_like(scheduler, solver, most), latents, None, eta=0.0)
+    assert len(set(steps.timesteps.tolist())) == most
+    assert int(steps.timesteps.max()) < scheduler.config.num_train_timesteps
+    for index in range(most):
+        latents = steps.after(latents, torch.zeros_like(latents), index)
+    assert torch.isfinite(latents).all()
+
+
+@pytest.mark.parametrize(("solver", "most"), [("ddim", 999), ("dpm++", 998), ("unipc", 998)])
+def test_more_steps_than_the_schedule_has_room_for_are_refused(
+    pipeline: CatVTONPipeline, solver: str, most: int
+) -> None:
+    with pytest.raises(ValueError, match=f"num_inference_steps must be at most {most} with "):
+        draw(pipeline, Knobs(solver=solver), num_inference_steps=most + 1)
 
 
 class Calls:
@@ -70,6 +94,13 @@ def test_the_named_qualities_begin_with_the_exact_one() -> None:
 def test_knobs_out_of_range_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"solver|guided_share|interval"):
         Knobs(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("share", "steps", "guided"), [(0.07, 100, 7), (0.28, 25, 7), (0.5, 5, 3), (0.01, 50, 1), (1, 50, 50)]
+)
+def test_the_guided_share_is_of_the_steps_in_decimals(share: float, steps: int, guided: int) -> None:
+    assert Knobs(guided_share=share).guided_steps(steps) == guided
 
 
 def test_guidance_on_no_step_is_no_guidance(pipeline: CatVTONPipeline) -> None:

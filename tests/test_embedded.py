@@ -5,9 +5,11 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from model import embedded, geometry
 from model.embedded import WORK_SIZE_WH, demo_pictures, load_pipeline
+from model.interface import GenerationSettings, TryOnInputs
 
 # diffusers decorates functions with autocast("cuda") at import, which torch 2.7 answers with this on a CPU.
 pytestmark = pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda':UserWarning")
@@ -77,6 +79,23 @@ def test_a_picture_is_finite_varied_and_follows_the_seed(pipeline) -> None:
     assert first.std() > 0.05
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize(("size_wh", "most"), [((768, 1024), 4), ((512, 512), 4), ((1024, 512), 4), ((320, 1024), 7)])
+def test_outside_the_mask_the_person_stays_in_place_at_every_size(pipeline, size_wh, most) -> None:
+    """The narrow one enlarges the most, and so loses the most of its edges."""
+    from model.catvton.engine import CatVTONEngine
+
+    pictures = demo_pictures()
+    garment = geometry.join_garments(pictures["upper"], pictures["lower"])
+    person, mask = (
+        np.asarray(geometry.crop_resize(Image.fromarray(pictures[name]), *size_wh)) for name in ("person", "mask")
+    )
+    inputs = TryOnInputs(person, np.asarray(geometry.fit_pad(Image.fromarray(garment), *size_wh)), mask)
+    settings = GenerationSettings(steps=3, guidance=1.0, seed=1, width=size_wh[0], height=size_wh[1])
+    engine = CatVTONEngine(pipeline, "catvton/embedded", work_size_wh=WORK_SIZE_WH)
+    drawn = engine.generate(inputs, settings)
+    assert np.abs(drawn.astype(int) - person)[mask < 128].mean() < most
 
 
 def test_loading_leaves_torchs_global_generator_alone() -> None:

@@ -258,7 +258,8 @@ def test_two_processes_share_a_batch(options, whole_run, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(tmp_path / "part.py"), given, str(tmp_path / "run")]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, env=environment, check=True, capture_output=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     together, alone = np.array(curve(tmp_path / "run")), np.array(curve(whole_run))
     assert np.allclose(together[:, 1], alone[:, 1], rtol=1e-3)
 

@@ -11,7 +11,7 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image as PillowImage
 
-from model import embedded
+from model import embedded, geometry
 from model.catvton.compiling import OFF, compile_unet
 from model.catvton.knobs import QUALITIES
 from model.catvton.latent_cache import LatentCache
@@ -92,8 +92,9 @@ class CatVTONEngine:
     Args:
         pipeline: a `CatVTONPipeline` on its device.
         name: what an answer calls it.
-        work_size_wh: (width, height) in px at which the pipeline draws, if not at the size asked for; the picture is
-            then enlarged with LANCZOS.
+        work_size_wh: (width, height) in px at which the pipeline draws, if not at the size asked for; a person of
+            another aspect lies whole in the middle of it. The person's part of the picture is then enlarged with
+            LANCZOS.
     """
 
     def __init__(self, pipeline: CatVTONPipeline, name: str, *, work_size_wh: tuple[int, int] | None = None) -> None:
@@ -135,6 +136,7 @@ class CatVTONEngine:
             raise ValueError("a batch needs settings for each picture that differ in the seed alone")
         size_wh = (settings[0].width, settings[0].height)
         work_size_wh = self._work_size_wh or size_wh
+        inputs = [_at_aspect(each, size_wh, work_size_wh) for each in inputs]
         try:
             pictures = self._draw(inputs, settings, work_size_wh)
         except OutOfMemory:  # the cache is empty now, which may be what was missing
@@ -168,7 +170,27 @@ class CatVTONEngine:
             return [to_picture(pixels) for pixels in output.images]
 
 
+def _at_aspect(inputs: TryOnInputs, size_wh: tuple[int, int], work_size_wh: tuple[int, int]) -> TryOnInputs:
+    """The inputs, widened where the work size has another aspect, since the pipeline crops to that.
+
+    Around the person and the mask their edges are repeated, so that cloth which the mask hides does not show there.
+    """
+    if size_wh[0] * work_size_wh[1] == size_wh[1] * work_size_wh[0]:
+        return inputs
+    left, top, right, bottom = geometry.fit_box(*size_wh, *work_size_wh)
+    around = ((top, work_size_wh[1] - bottom), (left, work_size_wh[0] - right))
+    cropped = (geometry.crop_resize(PillowImage.fromarray(each), *size_wh) for each in (inputs.person, inputs.mask))
+    person, mask = (_resized(np.asarray(each), (right - left, bottom - top)) for each in cropped)
+    garment = geometry.trim_white(PillowImage.fromarray(inputs.garment), *work_size_wh)
+    return TryOnInputs(np.pad(person, (*around, (0, 0)), "edge"), np.asarray(garment), np.pad(mask, around, "edge"))
+
+
 def _enlarged(picture: Image, size_wh: tuple[int, int]) -> Image:
+    left, top, right, bottom = geometry.fit_box(*size_wh, *picture.shape[1::-1])
+    return _resized(picture[top:bottom, left:right], size_wh)
+
+
+def _resized(picture: Image, size_wh: tuple[int, int]) -> Image:
     if picture.shape[1::-1] == size_wh:
         return picture
     return np.asarray(PillowImage.fromarray(picture).resize(size_wh, PillowImage.Resampling.LANCZOS))

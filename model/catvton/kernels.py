@@ -13,7 +13,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from model.device import is_device_failure
+from model.device import kind_of
+from model.interface import EngineError
 
 CANDIDATES = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 RUNS = 3
@@ -53,16 +54,14 @@ def fastest(candidates: Sequence[SDPBackend], time_of: Callable[[SDPBackend], fl
         candidates: in order of preference.
         time_of: seconds of one call; raises RuntimeError where the kernel cannot take the shape.
     Raises:
-        OutOfMemoryError, RuntimeError: memory was short, or the device failed; neither says anything of a kernel.
+        RuntimeError: memory was short, or the device failed; neither says anything of a kernel.
     """
     best, best_s = SDPBackend.MATH, float("inf")
     for kernel in candidates:
         try:
             taken_s = time_of(kernel)
-        except torch.cuda.OutOfMemoryError:
-            raise
         except RuntimeError as exc:
-            if is_device_failure(exc):
+            if kind_of(exc) is not EngineError:
                 raise
             continue
         if taken_s < BETTER * best_s:

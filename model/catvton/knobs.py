@@ -43,7 +43,7 @@ class Knobs:
 
     def guided_steps(self, steps: int) -> int:
         """How many of so many steps are guided."""
-        return math.ceil(self.guided_share * steps)
+        return math.ceil(round(self.guided_share * steps, 9))  # 0.07 * 100 is a little more than 7
 
 
 EXACT = Knobs()

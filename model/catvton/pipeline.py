@@ -31,7 +31,7 @@ from model.catvton.inputs import (
 )
 from model.catvton.knobs import EXACT, Knobs
 from model.catvton.latent_cache import LatentCache, content_key
-from model.catvton.schedule import Generators, Steps, solver_like, steps_of
+from model.catvton.schedule import Generators, Steps, most_steps, solver_like, steps_of
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -142,7 +142,7 @@ class CatVTONPipeline(DiffusionPipeline):  # type: ignore[misc]
             garment_image: the same; fitted whole, on white.
             mask_image: the same or HW uint8; of the person's size, 128 and above where cloth is repainted.
             height, width: of the result, px, multiples of the VAE's factor (8).
-            num_inference_steps: at least 1.
+            num_inference_steps: at least 1, at most what the schedule has room for.
             guidance_scale: 1 or less turns guidance off, which halves the work.
             eta: share of fresh noise in each step, for schedulers that take it; 1 is DDPM, 0 deterministic DDIM.
             generator: one for the batch, or one per picture so that a picture does not depend on its neighbours.
@@ -157,7 +157,7 @@ class CatVTONPipeline(DiffusionPipeline):  # type: ignore[misc]
         people, garments, masks = matched_lists(person_image, garment_image, mask_image)
         check_generator(generator, len(people))
         check_scales(guidance_scale=guidance_scale, eta=eta)
-        self.check_settings(height, width, num_inference_steps, output_type)
+        self.check_settings(height, width, num_inference_steps, output_type, knobs.solver)
         # 2. Crop, fit and scale the pictures
         person = person_tensor(people, width, height)  # (B, 3, H, W)
         garment = garment_tensor(garments, width, height)  # (B, 3, H, W)
@@ -181,13 +181,18 @@ class CatVTONPipeline(DiffusionPipeline):  # type: ignore[misc]
         self.maybe_free_model_hooks()
         return CatVTONPipelineOutput(images, flags) if return_dict else (images, flags)
 
-    def check_settings(self, height: int, width: int, num_inference_steps: int, output_type: str) -> None:
+    def check_settings(
+        self, height: int, width: int, num_inference_steps: int, output_type: str, solver: str = EXACT.solver
+    ) -> None:
         """Raise ValueError for a size, a number of steps or an output type that cannot be had."""
         for name, size in (("height", height), ("width", width)):
             if not isinstance(size, int) or size < 1 or size % self.vae_scale_factor:
                 raise ValueError(f"{name} must be a positive multiple of {self.vae_scale_factor}, not {size!r}")
         if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be a whole number of at least 1, not {num_inference_steps!r}")
+        most = most_steps(self.scheduler, solver)
+        if num_inference_steps > most:
+            raise ValueError(f"num_inference_steps must be at most {most} with {solver}, not {num_inference_steps}")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}")
 

@@ -99,6 +99,12 @@ class SchedulerSteps:
         return stepped[0]
 
 
+def most_steps(scheduler: SchedulerMixin, solver: str) -> int:
+    """The most steps for which a solver by name has a timestep each, of those that the given scheduler was made for."""
+    steps: int = scheduler.config.num_train_timesteps - scheduler.config.get("steps_offset", 0)
+    return steps - (solver in SOLVER_OF)  # these leave out the last one, which is the picture itself
+
+
 def solver_like(scheduler: SchedulerMixin, solver: str, steps: int) -> SchedulerMixin:
     """The scheduler for a solver by name, with the noise and the prediction of the given one, and so many steps set.
 
