@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from aws_cdk import Duration, Stack
+from aws_cdk import CfnOutput, Duration, Stack
 from aws_cdk import aws_cloudwatch as cloudwatch
 from aws_cdk import aws_cloudwatch_actions as actions
 from aws_cdk import aws_sns as sns
@@ -87,19 +87,20 @@ class Watch:
         if mode == REALTIME:
             also = self._realtime(name)
             work = _graph(
-                "Calls", [_platform(name, "Invocations"), _platform(name, "ConcurrentRequestsPerModel", "max")]
+                f"{name}: calls", [_platform(name, "Invocations"), _platform(name, "ConcurrentRequestsPerModel", "max")]
             )
         else:
             also = self._asynchronous(name)
             sizes = [_of_endpoint(name, f"ApproximateBacklogSize{of}") for of in ("", "PerInstance")]
-            work = _graph("Jobs", sizes)
+            work = _graph(f"{name}: jobs", sizes)
         self._rows += [self._own_row(name), [work, *self._platform_widgets(name)]]
         return [failed, *also]
 
     def draw(self) -> None:
         """Makes the dashboard, when all alarms are there."""
         state = cloudwatch.AlarmStatusWidget(alarms=list(self._alarms), title="Alarms", width=24)
-        cloudwatch.Dashboard(self._stack, "Dashboard", widgets=[[state], *self._rows])
+        dashboard = cloudwatch.Dashboard(self._stack, "Dashboard", widgets=[[state], *self._rows])
+        CfnOutput(self._stack, "DashboardName", value=dashboard.dashboard_name)
 
     def _realtime(self, name: str) -> list[cloudwatch.Alarm]:
         errors = cloudwatch.MathExpression(
@@ -157,7 +158,7 @@ class Watch:
     def _platform_widgets(self, name: str) -> list[cloudwatch.IWidget]:
         times = [_platform(name, "ModelLatency", statistic) for statistic in ("p50", "p95")]
         used = [_instances(name, f"{part}Utilization") for part in ("GPU", "GPUMemory", "CPU", "Memory", "Disk")]
-        return [_graph("Latency, microseconds", times), _graph("Instances, percent", used)]
+        return [_graph(f"{name}: latency, microseconds", times), _graph(f"{name}: instances, percent", used)]
 
 
 def _share(name: str, outcome: str) -> cloudwatch.MathExpression:

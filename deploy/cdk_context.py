@@ -36,7 +36,9 @@ IMAGE = re.compile(
     r"(?P<account>[0-9]{12})\.dkr\.ecr\.(?P<region>[a-z0-9-]+)\.amazonaws\.com(\.cn)?/"
     r"(?P<repository>[a-z0-9]+(?:[._/-]+[a-z0-9]+)*)(:(?P<tag>\w[\w.-]{0,127})|@(?P<digest>sha256:[0-9a-f]{64}))"
 )
-WEIGHTS_URI = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/(?P<prefix>([A-Za-z0-9!_.'()-]+/)*)")
+WEIGHTS_URI = re.compile(
+    r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/(?P<prefix>((?!\.{1,2}/)[A-Za-z0-9!_.'()-]+/)+)"
+)
 EMBEDDED, BAKED = "embedded", "baked"
 # One NVIDIA GPU, for the service is one process on one, and the limit of the alarm on its memory counts one. x86_64, of
 # compute capability 7.5 to 9.0: what torch's CUDA 11.8 build has kernels for.
@@ -149,8 +151,8 @@ class Plan(BaseModel):
     @field_validator("stacks", "modes")
     @classmethod
     def _different(cls, names: Tuple[str, ...]) -> Tuple[str, ...]:
-        if not names or len(set(names)) < len(names):
-            raise ValueError("must name at least one, and none twice")
+        if not names or len({name.lower() for name in names}) < len(names):
+            raise ValueError("must name at least one, and none twice, in whatever case")
         return names
 
     @field_validator("min_instances")

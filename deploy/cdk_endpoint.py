@@ -25,7 +25,7 @@ from deploy.cdk_context import WEIGHTS_URI, Mode, Plan
 ROUTING = "LEAST_OUTSTANDING_REQUESTS"  # a picture takes seconds: the next one goes where fewest wait
 BAKE_S = 600  # of new instances, under the eyes of the alarms
 END_OLD_AFTER_S = 300
-REPLACED_WITHIN_S = 7200
+PROVISIONED_WITHIN_S = 3600  # new instances, where the platform is short of them
 FEWEST_FOR_A_CANARY = 2  # at most half of the instances may be one
 GROW_AGAIN_AFTER_S = 60
 SHRINK_AGAIN_AFTER_S = 300
@@ -105,7 +105,7 @@ class Endpoint(Construct):
         self._endpoint.deployment_config = sagemaker.CfnEndpoint.DeploymentConfigProperty(
             auto_rollback_configuration=sagemaker.CfnEndpoint.AutoRollbackConfigProperty(alarms=names),
             blue_green_update_policy=sagemaker.CfnEndpoint.BlueGreenUpdatePolicyProperty(
-                maximum_execution_timeout_in_seconds=REPLACED_WITHIN_S,
+                maximum_execution_timeout_in_seconds=self._replaced_within_s(),
                 termination_wait_in_seconds=END_OLD_AFTER_S,
                 traffic_routing_configuration=sagemaker.CfnEndpoint.TrafficRoutingConfigProperty(
                     type="CANARY" if canary else "ALL_AT_ONCE",
@@ -114,6 +114,11 @@ class Endpoint(Construct):
                 ),
             ),
         )
+
+    def _replaced_within_s(self) -> int:
+        """What an update takes at most where it goes well; the platform ends what takes longer."""
+        started_s = PROVISIONED_WITHIN_S + self._plan.download_timeout_s + self._plan.health_check_timeout_s
+        return started_s + 2 * BAKE_S + END_OLD_AFTER_S
 
     def _grant(self, resources: list[str], *actions: str) -> None:
         iam.Grant.add_to_principal(grantee=self._hosting.role, actions=list(actions), resource_arns=resources)

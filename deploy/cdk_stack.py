@@ -17,6 +17,7 @@ from aws_cdk import aws_iam as iam
 from aws_cdk import aws_kms as kms
 from aws_cdk import aws_s3 as s3
 from aws_cdk import aws_sagemaker as sagemaker
+from aws_cdk import aws_secretsmanager as secretsmanager
 from aws_cdk import aws_sns as sns
 from aws_cdk import aws_sns_subscriptions as subscriptions
 from aws_cdk import aws_sqs as sqs
@@ -36,6 +37,7 @@ NONCURRENT_DAYS = 30  # an object that was deleted is gone for good after so man
 ACCESS_LOG_DAYS = 90
 MESSAGE_DAYS = 14
 CLOUDWATCH = "cloudwatch.amazonaws.com"
+LOG_SALT = f"{PREFIX}LOG_SALT"
 LOG_BY_POLICY = "@aws-cdk/aws-s3:serverAccessLogsUseBucketPolicy"  # ACLs are off
 
 
@@ -248,12 +250,31 @@ class VtonStack(Stack):
         self._grant(self.role, [f"ec2:Describe{thing}" for thing in looks], "*")
 
     def _variables(self) -> dict[str, str]:
+        salt = {} if LOG_SALT in self._plan.settings else {LOG_SALT: self._make_salt()}
         return {
             f"{PREFIX}BUCKET": self.bucket.bucket_name,
             f"{PREFIX}QUEUE_URL": self.queues.results.queue_url,
             f"{PREFIX}MASK_QUEUE_URL": self.queues.masks.queue_url,
             "AWS_DEFAULT_REGION": self.region,
+            **salt,
         }
+
+    def _make_salt(self) -> str:
+        """A reference to a new secret, which CloudFormation resolves for each model that it makes.
+
+        It has the account's own key: the stack's would ask more rights of whoever deploys, and protect nothing more,
+        for a model tells its variables.
+        """
+        secret = secretsmanager.Secret(
+            self,
+            "LogSalt",
+            description="With which the ids of users are hashed for the log",
+            generate_secret_string=secretsmanager.SecretStringGenerator(exclude_punctuation=True),
+            removal_policy=RemovalPolicy.DESTROY,  # as that log is
+        )
+        reason = "Another salt would give every user another name in the log; nothing is reached with it."
+        NagSuppressions.add_resource_suppressions(secret, [NagPackSuppression(id="AwsSolutions-SMG4", reason=reason)])
+        return str(secret.secret_value.unsafe_unwrap())
 
     def _job_places(self) -> JobPlaces:
         """Where asynchronous jobs are read from and answered to."""

@@ -23,7 +23,8 @@ from faults.synthesis import (
 
 from container.settings import PREFIX, Settings
 from container.telemetry import METRIC_UNITS, OUTCOME, OUTCOMES
-from deploy.cdk_context import Plan, PlanError
+from container.weights_push import Destination, DestinationInvalid
+from deploy.cdk_context import WEIGHTS_URI, Plan, PlanError
 from deploy.cdk_settings import UNFIT, VARIANTS
 from model import ENGINES
 
@@ -56,6 +57,7 @@ REFUSED = [
     ({"stacks": "9lives"}, "stacks: "),
     ({"stacks": "a" * 50}, "stacks: "),
     ({"stacks": "shop,shop"}, "stacks: .* none twice"),
+    ({"stacks": "shop,Shop"}, "stacks: .* none twice, in whatever case"),
     ({"image": "vton:latest"}, "image: must be a repository of ECR"),
     ({"image": "123456789012.dkr.ecr.eu-central-1.amazonaws.com/vton"}, "image: .* :tag or @sha256:digest"),
     ({"image": "docker.io/shop/vton:1"}, "image: must be a repository of ECR"),
@@ -63,6 +65,9 @@ REFUSED = [
     ({"weights": "s3://shop-weights/catvton/mix.safetensors"}, 'weights: must end in "/"'),
     ({"weights": "s3://Shop_Weights/catvton/"}, "weights: must be "),
     ({"weights": "weights/"}, "weights: must be "),
+    ({"weights": "s3://shop-weights/"}, "weights: must be "),
+    ({"weights": "s3://shop-weights/./catvton/"}, "weights: must be "),
+    ({"weights": "s3://shop-weights/catvton/../mix/"}, "weights: must be "),
     ({"weights": ""}, "weights: must be "),
     ({"weights": "baked"}, "^weights baked needs image, one that carries them"),
     ({"instance_type": "g5.xlarge"}, "instance_type: must look like ml.g5.xlarge"),
@@ -133,7 +138,7 @@ WITHOUT_RESOURCE = {  # IAM knows none for them
     "ec2:DescribeSubnets",
     "ec2:DescribeVpcs",
 }
-PHYSICAL_NAMES = re.compile(r"(Bucket|Queue|Topic|Role|Policy|Model|EndpointConfig|Alarm|Dashboard|Key)Name")
+PHYSICAL_NAMES = re.compile(r"(Bucket|Queue|Topic|Role|Policy|Model|EndpointConfig|Alarm|Dashboard|Key)?Name")
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +247,17 @@ def test_engines_and_variants_are_those_of_the_container():
 
     assert VARIANTS.keys() == ENGINES.keys()
     assert VARIANTS["catvton"] == tuple(ATTENTION_FOLDERS)
+
+
+@pytest.mark.parametrize("prefix", ["", "a", "a/", "a/b-1/", "a*/", "./a/", "a/../", "a//b/", "(a)!'_.x/", "é/"])
+def test_weights_are_taken_from_where_they_can_be_pushed_to(prefix):
+    uri = f"s3://shop-weights/{prefix}"
+    try:
+        Destination.parse(uri)
+    except DestinationInvalid:
+        assert not WEIGHTS_URI.fullmatch(uri)
+    else:
+        assert WEIGHTS_URI.fullmatch(uri)
 
 
 def test_a_secret_may_be_referred_to():
@@ -451,7 +467,9 @@ def test_every_variable_is_one_that_the_container_knows(made):
     for template in every(made):
         for model in of_type(template, "SageMaker::Model").values():
             written = model["PrimaryContainer"]["Environment"]
-            environ = {name: value if isinstance(value, str) else "https://sqs" for name, value in written.items()}
+            environ = {
+                name: value if isinstance(value, str) else "https://sqs.example" for name, value in written.items()
+            }
             environ[f"{PREFIX}BUCKET"] = "results"
             assert Settings.from_env(environ).require_a_place_for_results().bucket == "results"
 
@@ -467,6 +485,23 @@ def test_the_container_writes_where_the_role_may(both):
         written["VTON_MASK_QUEUE_URL"]["Ref"],
     }
     assert written["AWS_DEFAULT_REGION"] == {"Ref": "AWS::Region"}
+
+
+def test_all_containers_of_a_deployment_hash_users_with_one_secret_that_nobody_has_written_down(both):
+    (name,) = of_type(both, "SecretsManager::Secret")
+    salt = {"Fn::Join": ["", ["{{resolve:secretsmanager:", {"Ref": name}, ":SecretString:::}}"]]}
+    assert [variables_of(both, mode)["VTON_LOG_SALT"] for mode in ("realtime", "asynchronous")] == [salt, salt]
+    generated = both["Resources"][name]["Properties"]["GenerateSecretString"]
+    assert generated["ExcludePunctuation"] is True
+    assert Settings(log_salt="x" * generated.get("PasswordLength", 32))
+    assert "SecretString" not in both["Resources"][name]["Properties"]
+    assert both["Resources"][name]["DeletionPolicy"] == "Delete"
+
+
+def test_a_salt_of_the_context_is_used_and_no_other_made(made):
+    template = made.template("jobs")
+    assert not of_type(template, "SecretsManager::Secret")
+    assert variables_of(template, "asynchronous")["VTON_LOG_SALT"] == CONTEXTS["jobs"]["settings"]["VTON_LOG_SALT"]
 
 
 def test_deadlines_fit_the_platforms(both):
@@ -608,6 +643,21 @@ def test_a_new_version_is_tried_on_one_instance_and_taken_back_on_an_alarm(made)
         assert set(names) <= allowed
 
 
+def test_an_update_may_take_what_its_parts_may(made):
+    for template in every(made):
+        for name, endpoint in of_type(template, "SageMaker::Endpoint").items():
+            policy = endpoint["DeploymentConfig"]["BlueGreenUpdatePolicy"]
+            mode = name[: name.index("Endpoint")]
+            (variant,) = in_mode(template, "SageMaker::EndpointConfig", mode)["ProductionVariants"]
+            parts = (
+                variant["ModelDataDownloadTimeoutInSeconds"],
+                variant["ContainerStartupHealthCheckTimeoutInSeconds"],
+                2 * policy["TrafficRoutingConfiguration"]["WaitIntervalInSeconds"],
+                policy["TerminationWaitInSeconds"],
+            )
+            assert sum(parts) + 3600 == policy["MaximumExecutionTimeoutInSeconds"] <= 28_800
+
+
 def test_one_instance_is_no_canary(made):
     endpoint = in_mode(made.template("network"), "SageMaker::Endpoint", "realtime")
     traffic = endpoint["DeploymentConfig"]["BlueGreenUpdatePolicy"]["TrafficRoutingConfiguration"]
@@ -691,7 +741,6 @@ def test_an_asynchronous_endpoint_stands_alone(made):
     endpoint = only(of_type(template, "SageMaker::Endpoint"))
     assert endpoint["EndpointName"] == "vton-asynchronous"
     assert only(of_type(template, "ApplicationAutoScaling::ScalableTarget"))["MinCapacity"] == 1
-    assert variables_of(template, "asynchronous")["VTON_LOG_SALT"] == CONTEXTS["jobs"]["settings"]["VTON_LOG_SALT"]
 
 
 def test_an_existing_bucket_and_existing_queues_are_used_and_left_as_they_are(made):
@@ -836,7 +885,15 @@ def test_a_deployment_says_where_its_parts_are(both):
         "SucceededTopicArn",
         "FailedTopicArn",
         "JobInputs",
+        "DashboardName",
     }
+
+
+def test_every_graph_of_the_dashboard_says_of_which_endpoint(both):
+    body = only(of_type(both, "CloudWatch::Dashboard"))["DashboardBody"]
+    titles = re.findall(r'"title":"([^"]*)"', json.dumps(body).replace('\\"', '"'))
+    assert len(titles) == len(set(titles)) > 6
+    assert {title.partition(":")[0] for title in titles} == {"Alarms", "vton-realtime", "vton-asynchronous"}
 
 
 def test_logs_do_not_stay_for_ever(made):
@@ -853,9 +910,10 @@ def test_cdk_nag_finds_nothing_and_each_exception_has_a_reason(made):
     assert {finding["Compliance"] for finding in findings} == {"Compliant", "Suppressed"}
     for finding in findings:
         if finding["Compliance"] == "Suppressed":
-            assert finding["Rule ID"] == "AwsSolutions-IAM5"
             assert len(finding["Exception Reason"]) > 30
-            assert finding["Exception Reason"].startswith("[Resource::")  # one wildcard each, not the whole rule
+            one_wildcard = finding["Exception Reason"].startswith("[Resource::")  # each, not the whole rule
+            no_rotation = finding["Resource ID"].endswith("/LogSalt/Resource")
+            assert {"AwsSolutions-IAM5": one_wildcard, "AwsSolutions-SMG4": no_rotation}[finding["Rule ID"]]
 
 
 def test_cfn_lint_finds_nothing(made):
