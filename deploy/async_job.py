@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from urllib.parse import unquote
 
 from starlette.responses import Response
 
@@ -19,7 +20,8 @@ from deploy.local_invoke import forwarded
 from deploy.platform_errors import validation_error
 
 LOCATION = re.compile(
-    r"(s3://|https://s3[.-][^/]+/)(?P<bucket>[^/]+)/(?P<key>.+)|https://(?P<host>[^/]+)\.s3[.-][^/]+/(?P<path>.+)"
+    r"s3://(?P<bucket>[^/]+)/(?P<key>.+)|"
+    r"https://(s3[.-][^/]+/(?P<path>[^/?#]+)|(?P<host>[^/]+)\.s3[.-][^/]+)/(?P<quoted>[^?#]+)"
 )
 FILENAME = re.compile(r"(?!.*\..*\.)[a-zA-Z0-9][a-zA-Z0-9_.-]{0,31}")
 EXTENSION = re.compile(r"(?!s3:|https:)[a-zA-Z0-9!_.*'()/-]{1,512}")
@@ -98,8 +100,6 @@ class Job:
     invocation_s: float
     expires_at: float
     received_at: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
-    begun: bool = False
-    expired: bool = False
 
     def accepted(self) -> Response:
         """What the caller gets."""
@@ -116,7 +116,7 @@ def new_job(endpoint: str, headers: Mapping[str, str], body: bytes, config: Asyn
 
     Args:
         endpoint: name that was called.
-        headers: of the call, by names in lower case.
+        headers: of the call, by names in lower case; a character is a byte (Latin-1).
         body: of the call.
         config: of the endpoint.
 
@@ -136,7 +136,7 @@ def new_job(endpoint: str, headers: Mapping[str, str], body: bytes, config: Asyn
         inference_id=inference_id,
         headers=forwarded({**named, PREFIX + "inference-id": inference_id}),
         body=body,
-        input=None if location is None else s3_object(location),
+        input=None if location is None else _input(location),
         output=_below(path, name),
         failure=_below(config.failure_path, f"{inference_id}-error.out"),
         expires_at=time.monotonic() + _seconds(headers, "requestttlseconds", TTL_S, config.ttl_s),
@@ -144,16 +144,22 @@ def new_job(endpoint: str, headers: Mapping[str, str], body: bytes, config: Asyn
     )
 
 
-def s3_object(location: str) -> S3Object:
-    """The object that a URL of S3 names.
+def _input(location: str) -> S3Object:
+    """The object that a header's value names: what stands after s3:// as it is, after https:// unquoted.
 
     Raises:
         PlatformError: it names none.
     """
-    match = LOCATION.fullmatch(location)
+    wrong = validation_error("InputLocation must be the URL of an object in S3.")
+    try:
+        location = location.encode("latin-1").decode()  # boto3 sends UTF-8
+        match = LOCATION.fullmatch(location)
+        unquoted = "" if match is None else unquote(match["quoted"] or "", errors="strict")
+    except UnicodeError as exc:
+        raise wrong from exc
     if match is None or len(location) > MAX_LOCATION_CHARACTERS:
-        raise validation_error("InputLocation must be the URL of an object in S3.")
-    return S3Object(match["bucket"] or match["host"], match["key"] or match["path"])
+        raise wrong
+    return S3Object(match["bucket"] or match["path"] or match["host"], match["key"] or unquoted)
 
 
 def _below(path: str, name: str) -> S3Object:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,6 +19,7 @@ from typing import Any
 
 import click
 import numpy as np
+from botocore.exceptions import BotoCoreError, ClientError
 from PIL import Image as Pillow
 
 from container.get_vton import Pictures, prepare
@@ -28,8 +32,9 @@ from deploy.local_cloud import (
     http_server,
     image_host,
     local_cloud,
+    reach_this_machine,
 )
-from deploy.local_container import REPOSITORY, ContainerLimits, Launch, free_port, running
+from deploy.local_container import REPOSITORY, ContainerFailed, ContainerLimits, Launch, free_port, running
 from deploy.local_runtime import create_runtime
 from model import geometry
 from model.embedded import demo_pictures
@@ -55,6 +60,7 @@ __all__ = [  # what tests and benchmarks build their stages of
 
 ENDPOINT_NAME = "vton-demo"
 START_LIMIT_S = 120.0
+EXIT_SETTINGS = 78  # sysexits: configuration
 STEPS = 8
 GUIDANCE = "1"  # off: the embedded model is nearest to the truth without it (`bench.quality`)
 OUTFITS = {"result": ("upper", "lower"), "result_dress": ("dress",)}  # picture -> garments, with the drawn mask
@@ -94,8 +100,20 @@ def container_environment(cloud: LocalCloud, trusted_host: str) -> dict[str, str
 def run_demo(output: Path) -> None:
     """Dresses a drawn figure through a local endpoint: with its mask, in a dress, and without a mask.
 
-    Pictures go to `output`.
+    Pictures go to `output`. What stands in the way ends the process with a sentence; SIGTERM ends its container too.
     """
+    reach_this_machine(os.environ)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        _run(output)
+    except (ContainerFailed, BotoCoreError, ClientError, RuntimeError, OSError) as exc:
+        click.echo(f"vton demo cannot go on: {exc}", err=True)
+        sys.exit(EXIT_SETTINGS)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     pictures = demo_pictures()
     files = {f"{name}.png": png(picture) for name, picture in pictures.items()}

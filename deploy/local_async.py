@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import itertools
 import json
 import tempfile
 import time
@@ -65,7 +66,9 @@ class AsyncEndpoint:
         self.config = config
         self._s3 = s3
         self._sns = sns
-        self._queue: asyncio.Queue[Job] | None = None  # it belongs to the event loop that it is made on
+        self._queue: asyncio.Queue[int] | None = None  # it belongs to the event loop that it is made on
+        self._numbers = itertools.count()
+        self._waiting: dict[int, tuple[Job, asyncio.TimerHandle]] = {}  # the one place that keeps a job until it begins
         self._tasks: set[asyncio.Task[None]] = set()
         self._unfinished = 0
 
@@ -78,7 +81,7 @@ class AsyncEndpoint:
 
         @asynccontextmanager
         async def working(_app: object) -> AsyncIterator[None]:
-            queue: asyncio.Queue[Job] = asyncio.Queue()
+            queue: asyncio.Queue[int] = asyncio.Queue()
             self._queue = queue
             for _ in range(self.config.places):
                 self._begin(self._work(queue, where))
@@ -105,20 +108,25 @@ class AsyncEndpoint:
         if self._queue is None or self._unfinished >= self.config.backlog:
             raise PlatformError(503, "ServiceUnavailable", f"{self._unfinished} invocations are in the queue.")
         job = new_job(endpoint, headers, body, self.config)
-        asyncio.get_running_loop().call_later(job.expires_at - time.monotonic(), self._expire, job)
+        number = next(self._numbers)
+        self._let_wait(number, job)
         self._unfinished += 1
-        self._queue.put_nowait(job)
+        self._queue.put_nowait(number)
         return job
+
+    def _let_wait(self, number: int, job: Job) -> None:
+        """Keeps a job until it begins or expires."""
+        timer = asyncio.get_running_loop().call_later(job.expires_at - time.monotonic(), self._expire, number)
+        self._waiting[number] = (job, timer)
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _expire(self, job: Job) -> None:
-        if not (job.begun or job.expired):
-            job.expired = True
-            self._begin(self._end_expired(job))
+    def _expire(self, number: int) -> None:
+        job, _ = self._waiting.pop(number)
+        self._begin(self._end_expired(job))
 
     async def _end_expired(self, job: Job) -> None:
         try:
@@ -126,27 +134,28 @@ class AsyncEndpoint:
         finally:
             self._unfinished -= 1
 
-    async def _work(self, queue: asyncio.Queue[Job], where: Where) -> None:
+    async def _work(self, queue: asyncio.Queue[int], where: Where) -> None:
         """One place: a job, and then the next."""
         while True:
-            job = await queue.get()
-            while not job.expired:
-                if where() is None:
-                    await asyncio.sleep(POLL_S)
-                    continue
-                job.begun = True
-                try:
-                    await self._finish(job, where)
-                except NotReached:  # the container went in between, and nothing was sent
-                    job.begun = False
-                    if time.monotonic() > job.expires_at:
-                        self._expire(job)
-                    await asyncio.sleep(POLL_S)
-                    continue
-                except Exception:  # a job's failure that cannot be told is not the queue's end
-                    log.exception("outcome_lost", inference_id=job.inference_id)
-                self._unfinished -= 1
-                break
+            await self._take(await queue.get(), where)
+
+    async def _take(self, number: int, where: Where) -> None:
+        """One job to its end, where it does not expire before it begins."""
+        while number in self._waiting:
+            if where() is None:
+                await asyncio.sleep(POLL_S)
+                continue
+            job, timer = self._waiting.pop(number)
+            timer.cancel()
+            try:
+                await self._finish(job, where)
+            except NotReached:  # the container went in between, and nothing was sent
+                self._let_wait(number, job)
+                await asyncio.sleep(POLL_S)
+                continue
+            except Exception:  # a job's failure that cannot be told is not the queue's end
+                log.exception("outcome_lost", inference_id=job.inference_id)
+            self._unfinished -= 1
 
     async def _finish(self, job: Job, where: Where) -> None:
         """The answer or the failure of a job, stored and told of.
@@ -242,7 +251,8 @@ class AsyncEndpoint:
             await self._store(job.failure, io.BytesIO(str(failed).encode()), "text/plain; charset=utf-8")
         except JobFailed as exc:
             log.warning("failure_not_stored", inference_id=job.inference_id, reason=exc.reason)
-        await self._tell(self.config.error_topic, event(job, "Failed", failureReason=failed.reason))
+        told = {"failureReason": failed.reason, "failureLocation": job.failure.uri}
+        await self._tell(self.config.error_topic, event(job, "Failed", **told))
 
     async def _tell(self, topic: str | None, told: Mapping[str, object]) -> None:
         if topic is None:

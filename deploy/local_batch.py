@@ -13,18 +13,17 @@ import asyncio
 import json
 import tempfile
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Callable, Protocol
 
-import httpcore
 import structlog
 from boto3.exceptions import S3UploadFailedError
 from botocore.exceptions import BotoCoreError, ClientError
 
-from deploy.local_invoke import NoAnswer, Where, call
+from deploy.local_invoke import AnswerTooLarge, NoAnswer, Where, call, page
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -44,6 +43,10 @@ SERVER_ERROR = 500
 OK = 200
 SUFFIX = ".out"
 BATCH_ENVIRONMENT = {"SAGEMAKER_BATCH": "true", "SAGEMAKER_BATCH_STRATEGY": SINGLE_RECORD}
+UNLIMITED = (
+    "MaxPayloadInMB 0 is for payloads without limit that are sent in chunks; a line is sent whole, "
+    f"and has from 1 to {MAX_PAYLOAD_MB} MB"
+)
 
 log = structlog.get_logger()
 
@@ -68,17 +71,22 @@ class Folder(Protocol):
     def put(self, name: str, file: IO[bytes]) -> str:
         """Keeps a file; where it lies."""
 
+    def try_to_keep(self) -> None:
+        """Returns if files could be kept here now."""
+
 
 @dataclass(frozen=True)
 class TransformOptions:
     """What a CreateTransformJob request says; None leaves it to the container, and then to the platform.
 
     Attributes:
-        max_concurrent_transforms: records under way at a time.
+        max_concurrent_transforms: records under way at a time; 0 is as None.
         max_payload_mb: of one record, MiB.
         max_retries: InvocationsMaxRetries, 0-3.
         timeout_s: InvocationsTimeoutInSeconds, 1-3600.
         content_type: of each record.
+    Raises:
+        TransformError: one is out of range.
     """
 
     max_concurrent_transforms: int | None = None
@@ -86,6 +94,31 @@ class TransformOptions:
     max_retries: int = MAX_RETRIES
     timeout_s: int = 600
     content_type: str = "application/json"
+
+    def __post_init__(self) -> None:
+        if self.max_payload_mb == 0:
+            raise TransformError(UNLIMITED)
+        _check_product(self.max_concurrent_transforms or 1, self.max_payload_mb or 1)
+        if self.max_retries not in range(MAX_RETRIES + 1) or self.timeout_s not in TIMEOUT_S:
+            raise TransformError(f"retries are 0 to {MAX_RETRIES}, the timeout is 1 to {TIMEOUT_S.stop - 1} s")
+
+    def environ(self) -> dict[str, str]:
+        """What the container is told of the job: what the request says itself."""
+        said = {
+            "SAGEMAKER_MAX_CONCURRENT_TRANSFORMS": self.max_concurrent_transforms,
+            "SAGEMAKER_MAX_PAYLOAD_IN_MB": self.max_payload_mb,
+        }
+        return {**BATCH_ENVIRONMENT, **{name: str(value) for name, value in said.items() if value}}
+
+
+@dataclass(frozen=True)
+class TransformJob:
+    """What can begin once a container serves; `prepare` makes it."""
+
+    source: Folder
+    target: Folder
+    names: Sequence[str]
+    options: TransformOptions
 
 
 @dataclass
@@ -108,49 +141,58 @@ class TransformResult:
         return "Failed" if self.failed else "Completed"
 
 
-def transform(
-    where: Where,
-    source: Folder,
-    target: Folder,
-    options: TransformOptions,
-    told: Callable[[int], Any] = lambda _records: None,
-) -> TransformResult:
+def prepare(source: Folder, target: Folder, options: TransformOptions) -> TransformJob:
+    """A job that has input and a place for its output: what else stands in its way is the container's.
+
+    Args:
+        source: of the input files.
+        target: of the output files.
+        options: of the job.
+
+    Raises:
+        TransformError: there is no input, or the input or output cannot be reached.
+    """
+    try:
+        names = source.names()
+        target.try_to_keep()
+    except (BotoCoreError, ClientError, OSError) as exc:
+        raise TransformError(str(exc)) from exc
+    if not names:
+        raise TransformError("there is no input")
+    return TransformJob(source, target, names, options)
+
+
+def transform(where: Where, job: TransformJob, told: Callable[[int], Any] = lambda _records: None) -> TransformResult:
     """Runs a job to its end.
 
     Args:
         where: the container.
-        source: of the input files.
-        target: of the output files.
-        options: of the job.
+        job: from `prepare`.
         told: is called with 1 after each record.
 
     Raises:
-        TransformError: an option is out of range, there is no input, or the input or output cannot be reached.
+        TransformError: what the container offers is out of range, or the input or output cannot be reached.
     """
     try:
-        names = source.names()
-        if not names:
-            raise TransformError("there is no input")
-        return asyncio.run(_Job(where, source, target, options, told).run(names))
+        return asyncio.run(_Run(where, job, told).to_its_end())
     except (BotoCoreError, ClientError, S3UploadFailedError, OSError) as exc:
         raise TransformError(str(exc)) from exc
 
 
-class _Job:
-    def __init__(
-        self, where: Where, source: Folder, target: Folder, options: TransformOptions, told: Callable[[int], Any]
-    ) -> None:
+class _Run:
+    def __init__(self, where: Where, job: TransformJob, told: Callable[[int], Any]) -> None:
         self._where = where
-        self._source = source
-        self._target = target
-        self._options = options
+        self._source = job.source
+        self._target = job.target
+        self._names = job.names
+        self._options = job.options
         self._told = told
         self._records = 0
 
-    async def run(self, names: list[str]) -> TransformResult:
+    async def to_its_end(self) -> TransformResult:
         transforms, payload_mb = await self._parameters()
         result = TransformResult()
-        for name in names:
+        for name in self._names:
             try:
                 result.completed[name] = await self._file(name, transforms, payload_mb * MB)
             except RecordFailed as exc:
@@ -161,7 +203,7 @@ class _Job:
 
     async def _parameters(self) -> tuple[int, int]:
         """MaxConcurrentTransforms and MaxPayloadInMB: what the job says, else the container, else the platform."""
-        offered = await asyncio.to_thread(_execution_parameters, self._where)
+        offered = await _execution_parameters(self._where)
         if offered.get("BatchStrategy", SINGLE_RECORD) != SINGLE_RECORD:
             raise TransformError("the container wants several records at a time; this sends single ones")
         options = self._options
@@ -169,10 +211,7 @@ class _Job:
         payload_mb = options.max_payload_mb or offered.get("MaxPayloadInMB") or DEFAULT_PAYLOAD_MB
         if not (isinstance(transforms, int) and isinstance(payload_mb, int)):
             raise TransformError("the container's /execution-parameters are no numbers")
-        if transforms < 1 or payload_mb < 1 or transforms * payload_mb > MAX_PAYLOAD_MB:
-            raise TransformError(f"MaxConcurrentTransforms * MaxPayloadInMB must be from 1 to {MAX_PAYLOAD_MB}")
-        if options.max_retries not in range(MAX_RETRIES + 1) or options.timeout_s not in TIMEOUT_S:
-            raise TransformError(f"retries are 0 to {MAX_RETRIES}, the timeout is 1 to {TIMEOUT_S.stop - 1} s")
+        _check_product(transforms, payload_mb)
         return transforms, payload_mb
 
     async def _file(self, name: str, transforms: int, max_bytes: int) -> str:
@@ -207,6 +246,9 @@ class _Job:
                 await asyncio.sleep(RETRY_EVERY_S * 2 ** (attempt - 1))
             try:
                 answer = await call(self._where, headers, record, limit_s=limit_s, max_bytes=max_bytes)
+            except AnswerTooLarge as exc:
+                reason = str(exc)
+                break
             except NoAnswer as exc:
                 reason = str(exc)
                 continue
@@ -231,7 +273,7 @@ async def _window(size: int) -> AsyncIterator[deque[asyncio.Task[bytes]]]:
 
 
 def _records(file: IO[bytes], max_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file, numbered from 1, without their ends.
+    """The lines of a file that are not blank, without their ends, by their numbers from 1.
 
     Raises:
         RecordFailed: a line is too long.
@@ -240,21 +282,25 @@ def _records(file: IO[bytes], max_bytes: int) -> Iterator[tuple[int, bytes]]:
         record = line[:-1] if line.endswith(b"\n") else line
         if len(record) > max_bytes:
             raise RecordFailed(f"record {number}: it is larger than MaxPayloadInMB, {max_bytes // MB}")
-        yield number, record
+        if record.strip():
+            yield number, record
 
 
-def _execution_parameters(where: Where) -> dict[str, Any]:
+def _check_product(transforms: int, payload_mb: int) -> None:
+    if transforms < 1 or payload_mb < 1 or transforms * payload_mb > MAX_PAYLOAD_MB:
+        raise TransformError(f"MaxConcurrentTransforms * MaxPayloadInMB must be from 1 to {MAX_PAYLOAD_MB}")
+
+
+async def _execution_parameters(where: Where) -> dict[str, Any]:
     """What the container offers; nothing where it has no such page."""
-    url = where()
-    if url is None:
+    if where() is None:
         raise TransformError("no container serves")
-    limits = {"timeout": dict.fromkeys(("connect", "read", "write", "pool"), PARAMETERS_S)}
-    with suppress(httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, ValueError):
-        answer = httpcore.request("GET", f"{url}/execution-parameters", extensions=limits)
-        offered = json.loads(answer.content) if answer.status == OK else {}
-        if isinstance(offered, dict):
-            return offered
-    return {}
+    try:
+        answer = await page(where, "/execution-parameters", PARAMETERS_S)
+        offered = json.loads(answer.content) if answer.head.status == OK else {}
+    except (NoAnswer, ValueError):
+        return {}
+    return offered if isinstance(offered, dict) else {}
 
 
 class LocalFolder:
@@ -290,6 +336,12 @@ class LocalFolder:
         part.replace(path)
         return str(path)
 
+    def try_to_keep(self) -> None:
+        """Makes the folder, and a file without a name in it."""
+        self._path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self._path):
+            pass
+
 
 class S3Folder:
     """The objects of a bucket whose keys begin so.
@@ -321,6 +373,10 @@ class S3Folder:
         key = f"{self._prefix.rstrip('/')}/{name}".lstrip("/")
         self._client.upload_fileobj(file, self._bucket, key)
         return f"s3://{self._bucket}/{key}"
+
+    def try_to_keep(self) -> None:
+        """Asks for the bucket; whether it takes an object only an object can tell."""
+        self._client.head_bucket(Bucket=self._bucket)
 
     def _folder(self) -> str:
         return self._prefix[: self._prefix.rfind("/") + 1]

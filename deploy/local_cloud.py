@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +22,6 @@ from botocore.config import Config
 from fastapi import FastAPI
 from moto.server import ThreadedMotoServer
 
-from deploy.local_container import free_port
-
 BUCKET = "vton-demo"
 QUEUES = ("vton", "vton-masks")
 REGION = "eu-central-1"
@@ -31,6 +30,9 @@ STOP_LIMIT_S = 30.0
 KEEP_ALIVE_S = 75  # no shorter than a client waits between two calls, or it finds its connection closed
 CUT_OFF_S = 2  # for calls that are open when a server ends
 ONE_CALL = Config(read_timeout=70, retries={"total_max_attempts": 1})  # the default sends a slow call again
+THIS_MACHINE = ("127.0.0.1", "localhost")
+IGNORE_URLS = "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS"
+DIRECTLY = ("NO_PROXY", "no_proxy", IGNORE_URLS)  # what `reach_this_machine` sets
 FAKE_KEYS = {"AWS_ACCESS_KEY_ID": "demo", "AWS_SECRET_ACCESS_KEY": "demo", "AWS_DEFAULT_REGION": REGION}
 
 
@@ -45,6 +47,25 @@ class LocalCloud:
     def client(self, service: str) -> Any:  # noqa: ANN401 - boto3 clients are typed by literal names only
         """A boto3 client of the local S3 or SQS."""
         return client(service, self.url)
+
+
+def reach_this_machine(environ: MutableMapping[str, str]) -> None:
+    """Sends calls of this machine to it, and to no proxy, and those of boto3 to the URLs that are named.
+
+    Args:
+        environ: of this process and of what it starts.
+    """
+    upper = environ.get("NO_PROXY", environ.get("no_proxy", ""))
+    lower = environ.get("no_proxy", environ.get("NO_PROXY", ""))  # who reads both believes this one alone
+    environ.update({"NO_PROXY": _with_this_machine(upper), "no_proxy": _with_this_machine(lower)})
+    environ[IGNORE_URLS] = "false"  # set and not removed, for a profile may say otherwise
+
+
+def _with_this_machine(hosts: str) -> str:
+    if hosts == "*":  # every host, but only where it stands alone
+        return hosts
+    named = [host.strip() for host in hosts.split(",")]
+    return ",".join(filter(None, [hosts, *(host for host in THIS_MACHINE if host not in named)]))
 
 
 def client(service: str, url: str) -> Any:  # noqa: ANN401 - as above
@@ -126,18 +147,34 @@ def _on_loopback(handler: Callable[..., BaseHTTPRequestHandler]) -> Iterator[str
         server.server_close()
 
 
+def listening(port: int = 0) -> socket.socket:
+    """A socket of this machine that listens; who calls waits until it is served.
+
+    Args:
+        port: 0 takes a free one.
+    Raises:
+        RuntimeError: the port is taken, or not permitted.
+    """
+    try:
+        return socket.create_server(("127.0.0.1", port))
+    except OSError as exc:
+        raise RuntimeError(f"port {port} cannot be listened on: {exc.strerror}") from exc
+
+
 @contextmanager
-def http_server(api: FastAPI, port: int | None = None) -> Iterator[str]:
+def http_server(api: FastAPI, listener: socket.socket | None = None) -> Iterator[str]:
     """An ASGI application on a thread of this process, as its URL, until the block ends.
 
+    Args:
+        api: the application.
+        listener: from `listening`, which is closed at the end; without one it listens on a free port.
     Raises:
-        RuntimeError: it does not listen.
+        RuntimeError: it does not start.
     """
-    port = port or free_port()
+    listener = listener or listening()
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     config = uvicorn.Config(
         api,
-        host="127.0.0.1",
-        port=port,
         http="h11",
         loop="asyncio",
         ws="none",
@@ -148,15 +185,16 @@ def http_server(api: FastAPI, port: int | None = None) -> Iterator[str]:
         timeout_keep_alive=KEEP_ALIVE_S,
     )
     server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     try:
         ends = time.monotonic() + START_LIMIT_S
         while not server.started and thread.is_alive() and time.monotonic() < ends:
             time.sleep(0.02)
         if not server.started:
-            raise RuntimeError(f"port {port} cannot be listened on")
-        yield f"http://127.0.0.1:{port}"
+            raise RuntimeError(f"{url} does not start")
+        yield url
     finally:
         server.should_exit = True
         thread.join(STOP_LIMIT_S)
+        listener.close()

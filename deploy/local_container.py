@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -15,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
-import httpcore
 import structlog
+
+from deploy.local_invoke import NoAnswer, page
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SERVE = (sys.executable, str(REPOSITORY / "container" / "serve"))  # what the image runs as `serve`
@@ -128,9 +130,31 @@ class Container:
         raise ContainerFailed(f"{self._failure}; see {self._launch.log}")
 
     def stop(self) -> None:
-        """Ends the process as the platform does, and the thread; returns within `stop_s` and a second."""
+        """Ends the process as the platform does, and the thread; returns within `stop_s`, two pings and a second."""
         self._stopping.set()
-        self._watcher.join(self._limits.stop_s + 2 * self._limits.ping_timeout_s + 1)
+        if self._watcher.is_alive():
+            self._watcher.join(self._limits.stop_s + 2 * self._limits.ping_timeout_s + 1)
+        self.kill()
+
+    def kill(self) -> None:
+        """Ends the process and all that it started at once, and starts no other."""
+        self._stopping.set()
+        if self._process is not None and self._watcher.is_alive():  # else it has ended, and its id may be another's
+            _kill(self._process)
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """It serves, until the block ends.
+
+        Raises:
+            ContainerFailed: it did not become ready.
+        """
+        try:
+            self.start()
+            self.wait_until_ready(self._limits.start_s + 1)
+            yield
+        finally:
+            self.stop()
 
     def _watch(self) -> None:
         try:
@@ -219,20 +243,15 @@ def running(launch: Launch, limits: ContainerLimits | None = None) -> Iterator[C
         ContainerFailed: it did not become ready.
     """
     container = Container(launch, limits)
-    container.start()
-    try:
-        container.wait_until_ready((limits or ContainerLimits()).start_s + 1)
+    with container.serving():
         yield container
-    finally:
-        container.stop()
 
 
 def pings(url: str, timeout_s: float) -> bool:
-    """Whether /ping answers 200 in so many seconds."""
-    limits = {"timeout": dict.fromkeys(("connect", "read", "write", "pool"), timeout_s)}
+    """Whether /ping has answered 200, to the last byte, in so many seconds."""
     try:
-        return httpcore.request("GET", f"{url}/ping", extensions=limits).status == OK
-    except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException):
+        return asyncio.run(page(lambda: url, "/ping", timeout_s)).head.status == OK
+    except NoAnswer:
         return False
 
 
@@ -248,6 +267,10 @@ def _end(process: subprocess.Popen[bytes], stop_s: float) -> None:
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
         process.wait(stop_s)
+    _kill(process)
+    process.wait(stop_s)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait(stop_s)

@@ -1,16 +1,17 @@
-"""One call of a container's /invocations, bounded in time and bytes."""
+"""One call of a container, of its /invocations or of a page, bounded in time and bytes."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Callable, Union
 
 import httpcore
 
 CONNECT_S = 2.0  # the platform wants a socket accepted within 250 ms; a laptop's core may be busy
+MAX_PAGE_BYTES = 2**20
 TIMED_OUT = (
     "Your invocation timed out while waiting for a response from container primary. Review the latency metrics for "
     "each container in Amazon CloudWatch, resolve the issue, and try again."
@@ -36,6 +37,7 @@ ANSWER_HEADERS = (
 _BROKEN = (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException)
 
 Content = Union[bytes, AsyncIterator[bytes]]
+Opening = AbstractAsyncContextManager["tuple[Head, AsyncIterator[bytes]]"]
 Where = Callable[[], Union[str, None]]  # "http://host:port" of the container that serves, or None while none does
 
 
@@ -86,26 +88,31 @@ def forwarded(headers: Mapping[str, str]) -> dict[str, str]:
     return {theirs: headers[name] for name, theirs in REQUEST_HEADERS.items() if headers.get(name)}
 
 
-@asynccontextmanager
-async def opened(
-    where: Where, headers: Mapping[str, str], content: Content
-) -> AsyncIterator[tuple[Head, AsyncIterator[bytes]]]:
+def opened(where: Where, headers: Mapping[str, str], content: Content) -> Opening:
     """The head of an answer and the chunks of its body as they come; the caller limits the time.
 
     Raises:
         NotReached: there is no container.
         NoAnswer: the connection to it broke, now or while the chunks come.
     """
+    return _opened(where, "POST /invocations", headers, content)
+
+
+@asynccontextmanager
+async def _opened(
+    where: Where, asked: str, headers: Mapping[str, str], content: Content
+) -> AsyncIterator[tuple[Head, AsyncIterator[bytes]]]:
     url = where()
     if url is None:
         raise NotReached(NOT_THERE)
+    method, _, path = asked.partition(" ")
     limits = {"timeout": {"connect": CONNECT_S}}
     sent = [(name.encode(), value.encode("latin-1", "replace")) for name, value in headers.items()]
     try:
         # A connection for each call: one that is kept may have been closed by a container that is being replaced.
         async with (
             httpcore.AsyncConnectionPool(max_connections=1) as pool,
-            pool.stream("POST", f"{url}/invocations", headers=sent, content=content, extensions=limits) as response,
+            pool.stream(method, url + path, headers=sent, content=content, extensions=limits) as response,
         ):
             pairs = tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in response.headers)
             yield Head(response.status, pairs), _chunks(response)
@@ -130,10 +137,22 @@ async def call(where: Where, headers: Mapping[str, str], content: Content, *, li
         NoAnswer: none came within `limit_s`, or the connection broke.
         AnswerTooLarge: it has more than `max_bytes`.
     """
+    return await _whole(opened(where, headers, content), limit_s, max_bytes)
 
+
+async def page(where: Where, path: str, limit_s: float) -> Answer:
+    """The whole answer to a GET.
+
+    Raises:
+        NoAnswer: none came within `limit_s`, or the connection broke, or it has more than `MAX_PAGE_BYTES`.
+    """
+    return await _whole(_opened(where, f"GET {path}", {}, b""), limit_s, MAX_PAGE_BYTES)
+
+
+async def _whole(opening: Opening, limit_s: float, max_bytes: int) -> Answer:
     async def exchange() -> Answer:
         body = bytearray()
-        async with opened(where, headers, content) as (head, chunks):
+        async with opening as (head, chunks):
             async for chunk in chunks:
                 body += chunk
                 if len(body) > max_bytes:

@@ -38,11 +38,13 @@ ENDPOINT_NAME = re.compile(r"[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?")
 MAX_BODY_BYTES = 6_291_456  # of a real-time request and of its answer
 MAX_DISCARDED_BYTES = 2**26  # of a body that is too large, read so that its sender hears the refusal
 MAX_LEFT_RUNNING = 100  # invocations that go on after their callers were told of the time limit
-VARIANT = "AllTraffic"
+VARIANT = "primary"
 INVOKED = {"x-Amzn-Invoked-Production-Variant": VARIANT}
+ASCII = re.compile(r"[\x00-\x7f]{0,1024}")
 HEADER_RULES = {  # as the service model has them
+    **dict.fromkeys(("content-type", "accept", "x-amzn-sagemaker-content-type", "x-amzn-sagemaker-accept"), ASCII),
     "x-amzn-sagemaker-inference-id": re.compile(r"[\x21-\x7e][\x20-\x7e]{0,63}"),
-    "x-amzn-sagemaker-custom-attributes": re.compile(r"[\x00-\x7f]{0,1024}"),
+    "x-amzn-sagemaker-custom-attributes": ASCII,
     "x-amzn-sagemaker-target-variant": re.compile(VARIANT),
     "x-amzn-sagemaker-session-id": re.compile(r"(?=.{1,256}\Z)(NEW_SESSION|[a-zA-Z0-9](-*[a-zA-Z0-9])*)"),
 }
@@ -103,21 +105,22 @@ def create_runtime(
         kind = "a real-time" if asynchronous is None else "an asynchronous"
         return validation_error(f"Endpoint {asked} of account {ACCOUNT} is {kind} endpoint: call it as one.")
 
-    @api.post("/endpoints/{asked}/invocations")
+    # A name is whatever stands there, "a/b" too: `check` refuses it with the platform's sentence.
+    @api.post("/endpoints/{asked:path}/invocations")
     async def invoke(asked: str, request: Request) -> Response:
         endpoint.check(asked, request.headers)
         if asynchronous is not None:
             raise refusal(asked)
         return await endpoint.invoke(asked, request)
 
-    @api.post("/endpoints/{asked}/invocations-response-stream")
+    @api.post("/endpoints/{asked:path}/invocations-response-stream")
     async def invoke_with_response_stream(asked: str, request: Request) -> Response:
         endpoint.check(asked, request.headers)
         if asynchronous is not None:
             raise refusal(asked)
         return await endpoint.stream(asked, request)
 
-    @api.post("/endpoints/{asked}/async-invocations")
+    @api.post("/endpoints/{asked:path}/async-invocations")
     async def invoke_async(asked: str, request: Request) -> Response:
         endpoint.check(asked, request.headers)
         if asynchronous is None:

@@ -1,21 +1,34 @@
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image as Pillow
 
 VTON = Path(sys.executable).parent / "vton"
+DETOURS = {
+    **dict.fromkeys(("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "ALL_PROXY"), "http://127.0.0.1:9"),
+    "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS": "true",
+}
+
+
+def demo(folder, **environ):
+    command = [str(VTON), "demo", "-o", str(folder)]
+    return subprocess.run(command, env={**os.environ, **environ}, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory):
-    """What the demo printed, and the folder it left."""
+    """What the demo printed where neither a proxy nor boto3 would let it call itself, and the folder it left."""
     folder = tmp_path_factory.mktemp("demo")
-    done = subprocess.run([str(VTON), "demo", "-o", str(folder)], capture_output=True, text=True)
+    done = demo(folder, **DETOURS)
     assert done.returncode == 0, done.stderr
     return done.stdout, folder
 
@@ -57,3 +70,33 @@ def test_the_result_differs_from_the_person_only_inside_the_mask(shown, name, ma
     changed = (person != result).any(axis=2)
     assert not changed[mask < 128].any()
     assert changed[mask >= 128].mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("output", "environ", "said"),
+    [
+        ("taken", {}, "taken"),
+        ("out", {"VTON_DEVICE": "abacus"}, "serve.log"),
+        ("out", {"AWS_PROFILE": "nobody"}, "nobody"),
+    ],
+)
+def test_what_stops_it_is_told_with_a_sentence(tmp_path, output, environ, said):
+    (tmp_path / "taken").touch()
+    done = demo(tmp_path / output, **environ)
+    assert done.returncode == 78
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_sigterm_ends_it_with_its_container(tmp_path):
+    log = tmp_path / "demo" / "serve.log"
+    with subprocess.Popen([str(VTON), "demo", "-o", str(log.parent)], stdout=subprocess.DEVNULL) as process:
+        ends = time.monotonic() + 120
+        while not (log.exists() and log.stat().st_size):
+            assert process.poll() is None and time.monotonic() < ends
+            time.sleep(0.05)
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert children
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+    assert psutil.wait_procs(children, timeout=30)[1] == []

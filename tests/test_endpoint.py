@@ -6,6 +6,7 @@ import io
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import psutil
@@ -160,12 +161,13 @@ def test_a_photo_without_a_person_and_without_a_mask_is_refused(endpoint):
 
 def decoders():
     """The processes in which the endpoint decodes, without their forks."""
-    below = [(child, child.parent()) for child in psutil.Process().children(recursive=True)]
-    return [
-        child
-        for child, parent in below
-        if "container.sandbox" in " ".join(child.cmdline()) and "serve" in " ".join(parent.cmdline())
-    ]
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # a fork ends at any time
+            parent = psutil.Process(child.ppid())
+            if "container.sandbox" in " ".join(child.cmdline()) and "serve" in " ".join(parent.cmdline()):
+                found.append(child)
+    return found
 
 
 def test_pictures_are_decoded_by_processes_without_rights_and_a_dead_one_is_replaced(endpoint):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
+import threading
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
 import requests
 
-from deploy.local_container import Container, ContainerFailed, ContainerLimits, Launch, running
+from deploy.local_container import Container, ContainerFailed, ContainerLimits, Launch, pings, running
 
 SERVER = """
 import os, signal, sys, time
@@ -47,10 +50,17 @@ def until(condition, limit_s=20):
         time.sleep(0.02)
 
 
+def alive(process):
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def test_a_process_that_is_ready_serves_and_ends_with_the_block(tmp_path):
     with running(launch(tmp_path), QUICK) as container:
         process = psutil.Process(container.pid)
-        assert requests.get(f"{container.url}/ping", timeout=5).ok
+        assert requests.get(f"{container.url}/ping", timeout=30).ok
     assert not process.is_running()
     assert container.url is None
     assert "listening" in (tmp_path / "serve.log").read_text()
@@ -62,7 +72,7 @@ def test_a_killed_process_is_out_of_service_at_once_and_replaced(tmp_path):
         os.kill(first, signal.SIGKILL)
         until(lambda: container.starts == 2 and container.url)
         assert container.pid != first
-        assert requests.get(f"{container.url}/ping", timeout=5).ok
+        assert requests.get(f"{container.url}/ping", timeout=30).ok
 
 
 def test_a_process_that_stops_answering_is_replaced(tmp_path):
@@ -81,8 +91,38 @@ def test_what_ignores_sigterm_is_killed_with_all_that_it_started(tmp_path):
         assert len(family) == 2
         began = time.monotonic()
     assert 0.4 < time.monotonic() - began < 5
-    _, alive = psutil.wait_procs(family, timeout=5)
-    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+    until(lambda: not any(alive(process) for process in family))
+
+
+def test_a_ping_has_a_limit_of_its_own_however_often_something_comes():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def drip():
+            caller, _ = listener.accept()
+            with caller, suppress(OSError):
+                caller.sendall(b"HTTP/1.1 200 OK\r\n")
+                for _ in range(80):
+                    time.sleep(0.1)
+                    caller.sendall(b"x: y\r\n")
+                caller.sendall(b"Content-Length: 0\r\n\r\n")
+
+        threading.Thread(target=drip, daemon=True).start()
+        began = time.monotonic()
+        assert not pings(f"http://127.0.0.1:{listener.getsockname()[1]}", 0.5)
+        assert time.monotonic() - began < 5
+
+
+def test_no_process_outlives_a_watch_that_is_held_up(tmp_path, monkeypatch):
+    held_up, goes_on = threading.Event(), threading.Event()
+    limits = ContainerLimits(start_s=20, ping_every_s=0.2, ping_timeout_s=0.2, stop_s=0.3)
+    with running(launch(tmp_path, STUBBORN="1"), limits) as container:
+        family = [psutil.Process(container.pid), *psutil.Process(container.pid).children()]
+        monkeypatch.setattr("deploy.local_container.pings", lambda *_: held_up.set() or goes_on.wait(60))
+        assert held_up.wait(20)
+    try:
+        until(lambda: not any(alive(process) for process in family))
+    finally:
+        goes_on.set()
 
 
 def test_a_first_process_that_ends_is_a_failure_that_names_the_log(tmp_path):

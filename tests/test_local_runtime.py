@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 import time
 
@@ -13,8 +14,8 @@ from botocore.exceptions import ClientError, EventStreamError
 from fastapi import FastAPI, Request, Response
 from starlette.responses import StreamingResponse
 
-from deploy.demo import client, free_port, http_server
-from deploy.local_runtime import ENDPOINT_NAME, MAX_BODY_BYTES, RuntimeLimits, create_runtime
+from deploy.demo import REPOSITORY, client, free_port, http_server
+from deploy.local_runtime import ENDPOINT_NAME, MAX_BODY_BYTES, VARIANT, RuntimeLimits, create_runtime
 
 
 class Seen:
@@ -46,7 +47,7 @@ def container_app(seen):
         if asked.startswith("stream"):
             return StreamingResponse(pieces(seen, asked.partition("-")[2]), media_type="application/jsonlines")
         if asked == "slow":
-            await asyncio.sleep(2.5)
+            await asyncio.sleep(6)
             seen.finished.release()
         content = b"x" * 2000 if asked == "long" else b'{"a": 1}'
         status = int(asked) if asked.isdigit() else 200
@@ -101,7 +102,7 @@ def test_the_answer_comes_through_with_the_callers_attributes(runtime, seen):
     answer = invoke(runtime, CustomAttributes="tenant=blue", Body=b'{"x": 1}', Accept="application/json")
     assert answer["Body"] == b'{"a": 1}'
     assert (answer["ContentType"], answer["CustomAttributes"]) == ("application/json", "tenant=blue")
-    assert answer["InvokedProductionVariant"] == "AllTraffic"
+    assert answer["InvokedProductionVariant"] == VARIANT
     headers, body = seen.calls[-1]
     assert body == b'{"x": 1}'
     assert headers["x-amzn-sagemaker-custom-attributes"] == "tenant=blue"
@@ -110,7 +111,7 @@ def test_the_answer_comes_through_with_the_callers_attributes(runtime, seen):
 
 def test_only_headers_of_the_allow_list_reach_the_container(runtime, seen):
     sent = {"X-Own": "1", "Cookie": "a=b", "Authorization": "AWS4", "Content-Type": "application/json"}
-    assert requests.post(f"{runtime}/endpoints/vton/invocations", data=b"{}", headers=sent, timeout=5).ok
+    assert requests.post(f"{runtime}/endpoints/vton/invocations", data=b"{}", headers=sent, timeout=30).ok
     assert set(seen.calls[-1][0]) == {"host", "content-length", "content-type", "accept"}
 
 
@@ -144,19 +145,33 @@ def test_a_name_that_is_too_long_or_of_other_characters_is_no_endpoints(name):
 
 @pytest.mark.parametrize("name", ["other", "vton-", "v" * 64])
 def test_an_endpoint_that_is_not_there_is_a_validation_error(runtime, name):
-    sent = requests.post(f"{runtime}/endpoints/{name}/invocations", data=b"{}", timeout=5)
+    sent = requests.post(f"{runtime}/endpoints/{name}/invocations", data=b"{}", timeout=30)
     assert (sent.status_code, sent.headers["x-amzn-errortype"]) == (400, "ValidationError")
     assert "not found" in sent.json()["Message"]
 
 
+@pytest.mark.parametrize("name", ["a/../b c", "..", "a?b", "a#b", "a/invocations"])
+def test_a_name_that_boto3_sends_quoted_is_an_endpoint_that_is_not_there(runtime, name):
+    response = refused(runtime, EndpointName=name)
+    assert (response["Error"]["Code"], response["ResponseMetadata"]["HTTPStatusCode"]) == ("ValidationError", 400)
+    assert f"Endpoint {name} of account" in response["Error"]["Message"]
+
+
 @pytest.mark.parametrize(
     ("header", "value"),
-    [("Inference-Id", "x" * 65), ("Custom-Attributes", "x" * 1025), ("Target-Variant", "Other"), ("Session-Id", "-")],
+    [
+        ("Inference-Id", "x" * 65),
+        ("Custom-Attributes", "x" * 1025),
+        ("Target-Variant", "Other"),
+        ("Session-Id", "-"),
+        ("Content-Type", "x" * 1025),
+        ("Accept", "x" * 1025),
+    ],
 )
 def test_a_header_outside_the_service_model_is_a_validation_error(runtime, seen, header, value):
     before = len(seen.calls)
     headers = {f"X-Amzn-SageMaker-{header}": value}
-    sent = requests.post(f"{runtime}/endpoints/vton/invocations", data=b"{}", headers=headers, timeout=5)
+    sent = requests.post(f"{runtime}/endpoints/vton/invocations", data=b"{}", headers=headers, timeout=30)
     assert (sent.status_code, sent.headers["x-amzn-errortype"]) == (400, "ValidationError")
     assert len(seen.calls) == before
 
@@ -179,8 +194,25 @@ def test_what_only_another_kind_of_endpoint_takes_is_a_validation_error(runtime,
     assert len(seen.calls) == before
 
 
+@pytest.mark.parametrize("member", ["ContentType", "Accept"])
+def test_a_media_type_has_at_most_1024_characters(runtime, seen, member):
+    name = {"ContentType": "content-type", "Accept": "accept"}[member]
+    invoke(runtime, **{member: "x" * 1024})
+    assert seen.calls[-1][0][name] == "x" * 1024
+    before = len(seen.calls)
+    response = refused(runtime, **{member: "x" * 1025})
+    assert response["Error"]["Code"] == "ValidationError"
+    assert f"{name} has a value that is not permitted" in response["Error"]["Message"]
+    assert len(seen.calls) == before
+
+
 def test_the_one_variant_may_be_named(runtime):
-    assert invoke(runtime, TargetVariant="AllTraffic")["InvokedProductionVariant"] == "AllTraffic"
+    assert invoke(runtime, TargetVariant=VARIANT)["InvokedProductionVariant"] == VARIANT
+
+
+def test_the_variant_has_the_name_of_the_deployed_one():
+    deployed = (REPOSITORY / "deploy" / "cdk_alarms.py").read_text()
+    assert re.findall('^VARIANT = "(.*)"$', deployed, re.MULTILINE) == [VARIANT]
 
 
 def test_attributes_that_are_empty_are_none(runtime, seen):
@@ -200,7 +232,7 @@ def test_every_answer_has_an_id_of_its_own(runtime):
     ]
     ids = {answer["ResponseMetadata"]["RequestId"] for answer in answers}
     assert len(ids) == len(answers)
-    assert requests.get(runtime, timeout=5).headers["x-amzn-RequestId"] not in ids
+    assert requests.get(runtime, timeout=30).headers["x-amzn-RequestId"] not in ids
 
 
 def test_a_body_of_the_platforms_limit_is_passed_on_and_one_byte_more_refused(runtime, seen):
@@ -219,11 +251,11 @@ def test_an_answer_above_the_limit_is_a_model_error(strict):
 def test_a_call_ends_at_the_time_limit_and_the_container_is_left_to_finish(strict, seen):
     before, began = len(seen.calls), time.monotonic()
     response = refused(strict, InferenceId="slow")
-    assert time.monotonic() - began < 2.4
+    assert time.monotonic() - began < 5.5
     assert (response["Error"]["Code"], response["OriginalStatusCode"]) == ("ModelError", 0)
     assert "timed out while waiting for a response from container primary" in response["OriginalMessage"]
     assert len(seen.calls) == before + 1
-    assert seen.finished.acquire(timeout=5)
+    assert seen.finished.acquire(timeout=30)
 
 
 def test_a_real_time_endpoint_takes_no_asynchronous_calls(runtime):
@@ -236,7 +268,7 @@ def test_a_stream_brings_the_chunks_as_they_come(runtime, seen):
     parts = [event["PayloadPart"]["Bytes"] for event in answer["Body"]]
     assert parts == [b'{"part": 1}', b'{"part": 2}']
     assert answer["ContentType"] == "application/jsonlines"
-    assert answer["InvokedProductionVariant"] == "AllTraffic"
+    assert answer["InvokedProductionVariant"] == VARIANT
 
 
 def test_an_answer_that_is_not_streamed_comes_as_a_stream_too(runtime):
@@ -272,7 +304,7 @@ def test_what_ends_a_stream_early_is_its_last_event(strict, way, code, parts):
     assert raised.value.response["Error"]["Code"] == "ModelStreamError"
     # boto3 keeps the error's message and drops its code
     headers = {"X-Amzn-SageMaker-Inference-Id": way}
-    raw = requests.post(f"{strict}/endpoints/vton/invocations-response-stream", b"{}", headers=headers, timeout=5)
+    raw = requests.post(f"{strict}/endpoints/vton/invocations-response-stream", b"{}", headers=headers, timeout=30)
     assert json.dumps(code).encode() in raw.content
 
 
@@ -281,11 +313,11 @@ def test_a_body_that_does_not_come_is_not_waited_for(behind):
 
         def never_ends():
             yield b"{"
-            time.sleep(0.8)
+            time.sleep(3)
             yield b"}"
 
         try:
-            status = requests.post(f"{url}/endpoints/vton/invocations", data=never_ends(), timeout=5).status_code
+            status = requests.post(f"{url}/endpoints/vton/invocations", data=never_ends(), timeout=30).status_code
         except requests.exceptions.ConnectionError:  # closed while it was still sending
             status = 408
     assert status == 408
