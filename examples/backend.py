@@ -6,20 +6,22 @@ Against AWS it needs credentials and the endpoint's name; against `vton local`, 
 
 Three rules keep a picture from being paid for more than once. The client sends a call once and waits longer than the
 platform does. A try-on has one `timestamp` for ever: the same request again finds the picture that is stored. And what
-failed is sent again only where the endpoint says that a repeat may succeed.
+failed is sent again only where the endpoint says that a repeat may succeed, or where the call cannot have reached it.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import random
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -34,16 +36,15 @@ if TYPE_CHECKING:
     from mypy_boto3_sagemaker_runtime import SageMakerRuntimeClient as Runtime
     from mypy_boto3_sqs import SQSClient as SQS
 
-READ_TIMEOUT_S = 70.0  # the platform ends a real-time call after 60 s: its error is better than none
+READ_S = 70.0  # the platform ends a real-time call after 60 s: its error is better than none
 RETRY_S = 180.0  # from the first call of a try-on to its last
-FIRST_WAIT_S = 1.0
-MAX_WAIT_S = 30.0
+CONNECTS = 4  # calls in a row that find nobody, with 7 to 11 s between them: a wrong region stays wrong
+FIRST_WAIT_S, MAX_WAIT_S, POLL_S = 1.0, 30.0, 2.0
 JITTER = 0.5  # up to so much is added to each wait, so that callers who were refused together do not return together
 PLACES = 8  # VTON_MAX_IN_FLIGHT of each instance: more callers than that are refused with 429
-POLL_S = 2.0
 INPUTS = "asynchronous/inputs/"  # where the stack lets the endpoint read, and lets what it has read expire
-UNKNOWN = "outcome_unknown"
-UNREACHABLE = "unreachable"
+UNKNOWN, UNREACHABLE = "outcome_unknown", "unreachable"
+UNREADABLE = (ValueError, RecursionError)  # the second is what a text of JSON that is nested too deep ends with
 TURNED_AWAY = ("ServiceUnavailable", "ThrottlingException")  # by the platform, before the endpoint
 NOT_YET = ("NoSuchKey", "AccessDenied", UNKNOWN, UNREACHABLE)  # denied is also what is not there, without s3:ListBucket
 
@@ -58,18 +59,18 @@ class TryOnFailed(Exception):
         code: of the endpoint ("overloaded"), `outcome_unknown`, `unreachable`, or the name of an AWS error.
         retryable: whether the same request may succeed.
         retry_after_s: how long it should wait, where the endpoint says so.
+        field: of the request, where the endpoint says which one is wrong; else empty.
     """
 
-    def __init__(self, code: str, message: str, *, retryable: bool = False, retry_after_s: float | None = None) -> None:
-        super().__init__(f"{code}: {message}")
-        self.code = code
-        self.retryable = retryable
-        self.retry_after_s = retry_after_s
+    def __init__(
+        self, code: str, message: str, *, retryable: bool = False, retry_after_s: float | None = None, field: str = ""
+    ) -> None:
+        super().__init__(f"{code}: {message} (field: {field})" if field else f"{code}: {message}")
+        self.code, self.field = code, field
+        self.retryable, self.retry_after_s = retryable, retry_after_s
 
 
-def runtime_client(
-    *, places: int = PLACES, read_timeout_s: float = READ_TIMEOUT_S, endpoint_url: str | None = None
-) -> Runtime:
+def runtime_client(*, places: int = PLACES, read_timeout_s: float = READ_S, endpoint_url: str | None = None) -> Runtime:
     """A client that sends each call once.
 
     Args:
@@ -88,59 +89,72 @@ def new_timestamp() -> str:
     return f"{time.strftime('%y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}"
 
 
-def try_on(runtime: Runtime, endpoint: str, request: Request, *, retry_for_s: float = RETRY_S) -> Answer:
+def try_on(
+    runtime: Runtime, endpoint: str, request: Request, *, retry_for_s: float = RETRY_S, stop: Event | None = None
+) -> Answer:
     """The endpoint's answer; its `object_key` is the picture's.
 
     Args:
         runtime: of `runtime_client`.
         retry_for_s: within which calls are begun.
+        stop: once it is set, no call is repeated.
 
     Raises:
         TryOnFailed: a repeat would not help, or did not in the time; or nobody knows.
     """
-    gives_up = time.monotonic() + retry_for_s
-    wait_s = FIRST_WAIT_S
+    gives_up, stop = time.monotonic() + retry_for_s, stop or Event()
+    wait_s, unconnected = FIRST_WAIT_S, 0
     while True:
         try:
-            return _invoke(runtime, endpoint, request)
+            with _calling():
+                body = json.dumps(request)
+                response = runtime.invoke_endpoint(EndpointName=endpoint, ContentType="application/json", Body=body)
+                return _object(response["Body"].read())
         except TryOnFailed as failed:
+            unconnected = unconnected + 1 if failed.code == UNREACHABLE else 0
             pause_s = max(wait_s, failed.retry_after_s or 0.0) * (1 + random.uniform(0, JITTER))  # noqa: S311
-            if not failed.retryable or time.monotonic() + pause_s > gives_up:
+            ends = not failed.retryable or unconnected == CONNECTS or time.monotonic() + pause_s > gives_up
+            if ends or stop.wait(pause_s):
                 raise
-        time.sleep(pause_s)
         wait_s = min(2 * wait_s, MAX_WAIT_S)
 
 
 def try_on_many(
-    runtime: Runtime, endpoint: str, requests: Iterable[Request], *, places: int = PLACES, retry_for_s: float = RETRY_S
-) -> Iterator[tuple[Request, Answer | TryOnFailed]]:
+    runtime: Runtime, endpoint: str, requests: Iterable[Request], *, places: int = PLACES
+) -> Generator[tuple[Request, Answer | TryOnFailed], None, None]:
     """Each request with its answer or its failure, as they come.
+
+    Where the loop is left, nothing new begins, and the calls under way are waited for: they are paid for. Where it is
+    interrupted by Ctrl-C, it gives the outcomes of those before it is left.
 
     Args:
         runtime: of `runtime_client` with as many places.
-        requests: each with a `timestamp` of its own.
+        requests: each with a `timestamp` of its own, taken when there is a place for it.
         places: of the endpoint: `VTON_MAX_IN_FLIGHT` times its instances.
     """
+    stop, asked = Event(), dict[Future[Answer], Request]()
     with ThreadPoolExecutor(places) as pool:
-        asked = {pool.submit(try_on, runtime, endpoint, each, retry_for_s=retry_for_s): each for each in requests}
-        for done in as_completed(asked):
-            failed = done.exception()
-            yield asked[done], failed if isinstance(failed, TryOnFailed) else done.result()
+        try:
+            for request in requests:
+                asked[pool.submit(try_on, runtime, endpoint, request, stop=stop)] = request
+                yield from _ended(asked, places - 1)
+            yield from _ended(asked, 0)
+        except KeyboardInterrupt:
+            stop.set()
+            logging.getLogger(__name__).warning("interrupted; %d calls under way are waited for", len(asked))
+            yield from _ended(asked, 0)
+            raise
+        finally:
+            stop.set()
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """An asynchronous try-on that was accepted.
+    """An asynchronous try-on that was accepted."""
 
-    Attributes:
-        inference_id: of the messages that tell of it.
-        output: "s3://bucket/key" where the answer will lie.
-        failure: where the failure will lie.
-    """
-
-    inference_id: str
-    output: str
-    failure: str
+    inference_id: str  # of the messages that tell of it
+    output: str  # "s3://bucket/key" where the answer will lie
+    failure: str  # where the failure will lie
 
 
 def submit(
@@ -149,7 +163,6 @@ def submit(
     """Puts a try-on into the queue of an asynchronous endpoint.
 
     Args:
-        runtime: of `runtime_client`.
         bucket: that the endpoint reads inputs of, below `INPUTS`.
         timeout_s: for the picture to be made, 1-3600.
         ttl_s: for it to be begun, 60-21600.
@@ -158,9 +171,9 @@ def submit(
         TryOnFailed: S3 or the endpoint did not take it; or nobody knows.
     """
     inference_id = uuid.uuid4().hex
-    key, content = f"{INPUTS}{inference_id}.json", json.dumps(request).encode()
+    key, body = f"{INPUTS}{inference_id}.json", json.dumps(request).encode()
     with _calling():
-        s3.put_object(Bucket=bucket, Key=key, Body=content, ContentType="application/json")
+        s3.put_object(Bucket=bucket, Key=key, Body=body, ContentType="application/json")
         accepted = runtime.invoke_endpoint_async(
             EndpointName=endpoint,
             ContentType="application/json",
@@ -221,11 +234,12 @@ def wait_by_message(
         yield left, TryOnFailed(UNKNOWN, f"no message within {limit_s:g} s")
 
 
-def _invoke(runtime: Runtime, endpoint: str, request: Request) -> Answer:
-    body = json.dumps(request)
-    with _calling():
-        response = runtime.invoke_endpoint(EndpointName=endpoint, ContentType="application/json", Body=body)
-        return _object(response["Body"].read())
+def _ended(asked: dict[Future[Answer], Request], most: int) -> Iterator[tuple[Request, Answer | TryOnFailed]]:
+    """Takes out what ends, until at most so many are under way."""
+    while len(asked) > most:
+        for done in wait(asked, return_when=FIRST_COMPLETED).done:
+            failed = done.exception()
+            yield asked.pop(done), failed if isinstance(failed, TryOnFailed) else done.result()
 
 
 @contextmanager
@@ -235,40 +249,33 @@ def _calling() -> Iterator[None]:
         yield
     except (aws.ConnectTimeoutError, aws.EndpointConnectionError) as exc:  # nothing was sent
         raise TryOnFailed(UNREACHABLE, str(exc), retryable=True) from exc
-    except (aws.HTTPClientError, aws.IncompleteReadError, HTTPError, KeyError, ValueError) as exc:
+    except (aws.HTTPClientError, aws.IncompleteReadError, HTTPError, KeyError, *UNREADABLE) as exc:
         raise TryOnFailed(UNKNOWN, "no answer to be read; the same request finds the picture if it is made") from exc
     except aws.ClientError as exc:
-        raise refusal(exc) from exc
+        kind = exc.response["Error"]["Code"]
+        if kind != "ModelError":
+            raise TryOnFailed(kind, str(exc), retryable=kind in TURNED_AWAY) from exc
+        if exc.response.get("OriginalStatusCode"):
+            raise _failed(kind, str(exc.response.get("OriginalMessage", ""))) from exc
+        raise TryOnFailed(UNKNOWN, str(exc)) from exc  # too late, or cut off: the container may still be at work
     except aws.BotoCoreError as exc:
         raise TryOnFailed(type(exc).__name__, str(exc)) from exc
 
 
-def refusal(error: aws.ClientError) -> TryOnFailed:
-    """What an error of boto3 says about a try-on."""
-    kind = error.response["Error"]["Code"]
-    if kind != "ModelError":
-        return TryOnFailed(kind, str(error), retryable=kind in TURNED_AWAY)
-    response: Mapping[str, Any] = error.response
-    if not response.get("OriginalStatusCode"):  # no answer in time, or cut off: the container may still be at work
-        return TryOnFailed(UNKNOWN, str(error))
-    return _failed("ModelError", str(response.get("OriginalMessage", "")))
-
-
 def _failed(kind: str, text: str) -> TryOnFailed:
     """The endpoint's own error, `{"error": {...}}`, out of a text that has it in the middle."""
-    begin = text.find('{"error"')
     try:
-        error = json.JSONDecoder().raw_decode(text[begin:])[0]["error"] if begin >= 0 else {}
+        error = json.JSONDecoder().raw_decode(text, max(0, text.find('{"error"')))[0]["error"]
         code, message = str(error["code"]), str(error["message"])
-    except (ValueError, KeyError, TypeError):
+    except (KeyError, TypeError, *UNREADABLE):
         return TryOnFailed(kind, text)
-    retryable, after = error.get("retryable") is True, error.get("retry_after_s")
+    retryable, after, field = error.get("retryable") is True, error.get("retry_after_s"), error.get("field")
     after_s = float(after) if isinstance(after, (int, float)) else None
-    return TryOnFailed(code, message, retryable=retryable, retry_after_s=after_s)
+    return TryOnFailed(code, message, retryable=retryable, retry_after_s=after_s, field=str(field or ""))
 
 
 def _object(text: str | bytes) -> Answer:
-    """The JSON object in a text; raises ValueError where there is none."""
+    """The JSON object in a text; raises one of UNREADABLE where there is none."""
     parsed = json.loads(text)
     if not isinstance(parsed, dict):
         raise ValueError("not an object of JSON")  # noqa: TRY004 - of the text, not of the call
@@ -280,7 +287,7 @@ def _event(body: str) -> Answer:
     try:
         event = _object(body)
         return _object(event["Message"]) if event.get("Type") == "Notification" else event
-    except (ValueError, KeyError, TypeError):
+    except (KeyError, TypeError, *UNREADABLE):
         return {}
 
 
@@ -301,12 +308,10 @@ def _stored(s3: S3, submitted: Submitted) -> Answer:
         with _calling():
             return _object(_content(s3, submitted.output))
     except TryOnFailed as missing:
-        try:
-            with _calling():
-                failure = _content(s3, submitted.failure)
-        except TryOnFailed:
-            raise missing from missing.__cause__
-        raise _failed("InvocationFailed", failure.decode(errors="replace")) from None
+        outcome = missing
+        with suppress(TryOnFailed), _calling():
+            outcome = _failed("InvocationFailed", _content(s3, submitted.failure).decode(errors="replace"))
+        raise outcome from missing.__cause__
 
 
 def _content(s3: S3, uri: str) -> bytes:
@@ -323,21 +328,18 @@ def _request_options(command: Any) -> Any:  # noqa: ANN401 - click's
         flag = f"--{name.partition('_')[0]}"
         command = click.option(flag, name, required=flag == "--person", help=f"The {name}.")(command)
     command = click.option("--user-id", "userId", default="7", show_default=True)(command)
-    return click.option("--timestamp", help="Of an earlier try-on, to repeat it; by default a new one.")(command)
+    return click.option("--timestamp", default=new_timestamp, help="Of an earlier try-on, to repeat it.")(command)
 
 
 def _request(options: Mapping[str, str | None]) -> dict[str, str]:
-    request = {name: value for name, value in options.items() if value is not None}
-    request.setdefault("timestamp", new_timestamp())
-    click.echo(f"timestamp {request['timestamp']}", err=True)
-    return request
+    click.echo(f"timestamp {options['timestamp']}", err=True)
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _show(outcome: Answer | TryOnFailed, **asked: object) -> bool:
     """Prints an outcome, with what was asked where it failed; whether it is a picture."""
     if isinstance(outcome, TryOnFailed):
-        told = {"code": outcome.code, "retryable": outcome.retryable, "message": str(outcome)}
-        outcome = {**asked, "error": told}
+        outcome = {**asked, "error": {"code": outcome.code, "retryable": outcome.retryable, "message": str(outcome)}}
     click.echo(json.dumps(outcome))
     return "error" not in outcome
 
@@ -365,10 +367,10 @@ def many(endpoint_name: str, places: int, file: Path) -> None:
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
         try:
             asked += [_object(line)] if line.strip() else []
-        except ValueError as exc:
+        except UNREADABLE as exc:
             shown.append(_show(TryOnFailed("invalid_json", str(exc)), line=number))
-    outcomes = try_on_many(runtime_client(places=places), endpoint_name, asked, places=places)
-    shown += [_show(outcome, timestamp=request.get("timestamp")) for request, outcome in outcomes]
+    with closing(try_on_many(runtime_client(places=places), endpoint_name, asked, places=places)) as outcomes:
+        shown += [_show(outcome, timestamp=request.get("timestamp")) for request, outcome in outcomes]
     raise SystemExit(not all(shown))
 
 
@@ -384,9 +386,8 @@ def asynchronous(endpoint_name: str, bucket: str, queue_url: str | None, limit_s
     submitted = submit(runtime_client(), s3, endpoint_name, _request(options), bucket=bucket)
     click.echo(f"accepted; the answer will be {submitted.output}", err=True)
     if queue_url is None:
-        outcome: Answer | TryOnFailed = wait_by_polling(s3, submitted, limit_s=limit_s)
-    else:
-        ((_, outcome),) = wait_by_message(sqs, s3, queue_url, [submitted], limit_s=limit_s)
+        raise SystemExit(not _show(wait_by_polling(s3, submitted, limit_s=limit_s)))
+    ((_, outcome),) = wait_by_message(sqs, s3, queue_url, [submitted], limit_s=limit_s)
     raise SystemExit(not _show(outcome))
 
 
@@ -395,5 +396,5 @@ if __name__ == "__main__":
         main()
     except TryOnFailed as failed:
         raise SystemExit(not _show(failed)) from failed
-    except aws.BotoCoreError as exc:
+    except (aws.BotoCoreError, ValueError) as exc:  # ValueError: an endpoint URL that is none
         raise SystemExit(f"AWS cannot be asked: {exc}") from exc

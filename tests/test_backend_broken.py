@@ -16,6 +16,7 @@ from examples import backend
 
 PATIENCE_S = 60.0
 GOOD = (200, {}, b'{"object_key": "users/7/vton_result/1/result.jpg"}')
+DEEP = b"[" * 100_000
 CHUNKED = {"Transfer-Encoding": "chunked"}
 BROKEN_OFF = (200, CHUNKED, b'64\r\n{"object_key"')
 DENIED = (403, {}, b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>")
@@ -63,6 +64,8 @@ BREAKS = {
     "no JSON": b"HTTP/1.1 200 OK\r\nContent-Length: 15\r\n\r\n<html>at work</",
     "no text": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n\xff\xfe",
     "no object": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]",
+    "nested too deep": b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" + DEEP,
+    "a refusal nested too deep": REFUSED + b"Content-Length: 100000\r\n\r\n" + DEEP,
 }
 
 
@@ -82,6 +85,30 @@ def test_one_broken_answer_of_many_costs_no_other():
     assert isinstance(lost, backend.TryOnFailed)
     assert lost.code == backend.UNKNOWN
     assert [outcome["object_key"] for outcome in outcomes.values()] == ["users/7/vton_result/1/result.jpg"] * 3
+
+
+def refused_with(message):
+    body = json.dumps({"OriginalStatusCode": 422, "OriginalMessage": message}).encode()
+    return (424, {"x-amzn-errortype": "ModelError"}, body)
+
+
+def test_a_refusal_tells_which_field_is_wrong():
+    error = {"code": "invalid_request", "message": "It is unknown.", "retryable": False, "field": "person_image_url"}
+    told = refused_with(json.dumps({"error": error}))
+    with faulty_aws(told) as endpoint, pytest.raises(backend.TryOnFailed) as raised:
+        backend.try_on(backend.runtime_client(endpoint_url=endpoint.url), "vton", {})
+    assert str(raised.value) == "invalid_request: It is unknown. (field: person_image_url)"
+    assert raised.value.field == "person_image_url"
+
+
+TOO_DEEP = pytest.param('{"error": ' + DEEP.decode(), id="nested too deep")
+
+
+@pytest.mark.parametrize("message", ["", "plain text", "[]", '{"error": "text"}', TOO_DEEP])
+def test_a_refusal_without_an_error_of_the_endpoint_has_the_name_of_the_platform_s(message):
+    with faulty_aws(refused_with(message)) as endpoint, pytest.raises(backend.TryOnFailed) as raised:
+        backend.try_on(backend.runtime_client(endpoint_url=endpoint.url), "vton", {})
+    assert (raised.value.code, raised.value.field) == ("ModelError", "")
 
 
 def test_an_asynchronous_answer_without_the_places_of_its_outcome_is_unknown():
@@ -176,6 +203,7 @@ FOREIGN = [
     '{"Type": "Notification", "Message": "plain text"}',
     '{"Type": "Notification", "Message": {"not": "text"}}',
     '{"Type": "Notification"}',
+    TOO_DEEP,
     '{"inferenceId": "of somebody else", "invocationStatus": "Completed"}',
 ]
 

@@ -81,7 +81,7 @@ class Stage:
         return backend.runtime_client(endpoint_url=url or self.url, **options)
 
     def samples(self):
-        text = requests.get(f"{self.container.url}/metrics", timeout=5).text
+        text = requests.get(f"{self.container.url}/metrics", timeout=30).text
         return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
 
     def counted(self, name, **labels):
@@ -201,6 +201,12 @@ def test_what_a_repeat_would_not_mend_is_asked_once(stage):
         )
     assert (raised.value.code, raised.value.retryable) == ("image_not_found", False)
     assert stage.requests("image_not_found") == refused + 1
+
+
+def test_a_request_that_is_refused_says_for_which_field(stage):
+    with pytest.raises(backend.TryOnFailed, match="field: seed") as raised:
+        backend.try_on(stage.runtime(), "vton", stage.request("wrong", seed="7"))
+    assert (raised.value.code, raised.value.field) == ("invalid_request", "seed")
 
 
 def test_an_endpoint_that_is_not_there_is_no_reason_to_ask_again(stage):
@@ -362,7 +368,8 @@ def test_the_script_ends_with_1_and_a_sentence_where_one_picture_is_refused(stag
 
 def test_the_script_gives_every_line_its_outcome_bad_ones_too(stage, tmp_path):
     gone = stage.request("file-gone", person_image_url=f"http://{stage.images}/gone.png")
-    lines = [b"{", json.dumps(gone).encode(), b"[]", b"", b"\xff", json.dumps(stage.request("file-good")).encode()]
+    good = json.dumps(stage.request("file-good")).encode()
+    lines = [b"{", json.dumps(gone).encode(), b"[]", b"", b"\xff", b"[" * 100_000, good]
     (tmp_path / "many.jsonl").write_bytes(b"\n".join(lines))
     done = script(stage, "many", "--places", "2", str(tmp_path / "many.jsonl"))
     assert done.returncode == 1
@@ -371,7 +378,7 @@ def test_the_script_gives_every_line_its_outcome_bad_ones_too(stage, tmp_path):
     unread = [each["line"] for each in told if each.get("error", {}).get("code") == "invalid_json"]
     refused = [each["timestamp"] for each in told if each.get("error", {}).get("code") == "image_not_found"]
     made = [each["object_key"] for each in told if "error" not in each]
-    assert (unread, refused) == ([1, 3, 5], ["file-gone"])
+    assert (unread, refused) == ([1, 3, 5, 6], ["file-gone"])
     assert made == ["users/7/vton_result/file-good/result.png"]
 
 
