@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import lru_cache, partial
 from typing import Any, Callable, TypeVar
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 from bench.baseline import Baseline, Conditions, stock_unet
-from bench.compare import BASELINE, Arm, Draw, Pictures, compare
+from bench.compare import Arm, Draw, Pictures, compare
 from bench.counters import TERA, Shapes
 from bench.recipes import COMBINED, EXACTLY, FULL_STEPS, GUIDANCE, NAMED, SINGLE, Recipe
 from bench.sizes import SIZES, Job, random_modules
-from bench.stopwatch import Stopwatch
+from bench.stopwatch import Stopwatch, activities_on
 from bench.surroundings import device_name
+from bench.verdicts import BASELINE, COMPILED_BASELINE, verdicts
 from model.catvton import published
 from model.catvton.attention import TryOnUNet
 from model.catvton.compiling import GRAPHS, INDUCTOR, compile_unet
@@ -61,11 +63,14 @@ class CudnnSearch:
 
     They run in a thread of their own, since torch keeps what was chosen by thread, and there takes what it has kept
     whether or not it was searched for.
+
+    Args:
+        device: of the draws.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._thread = ThreadPoolExecutor(1, "cudnn-search")
-        with profile(activities=[ProfilerActivity.CPU]):  # which complains of being used in another thread first
+        with profile(activities=activities_on(device)):  # which complains of being used in another thread first
             pass
 
     def __call__(self, arm: Arm) -> Arm:
@@ -86,28 +91,41 @@ class CudnnSearch:
             torch.backends.cudnn.benchmark = before
 
 
-def run(job: Job, *, rounds: int, limit_s: float, compiled: bool) -> dict[str, Any]:
+def run(
+    job: Job,
+    *,
+    rounds: int,
+    limit_s: float,
+    compiled: bool,
+    keep: Callable[[dict[str, Any]], object] = lambda _report: None,
+) -> dict[str, Any]:
     """Build every arm, compare them, and say where.
 
     Args:
         job: its `steps` are the baseline's; a recipe with fewer steps takes its share of them.
         rounds: of all arms.
-        limit_s: no round but the first begins later.
+        limit_s: no round but the first begins later, counted from the last warm-up.
         compiled: with the arms that go through `torch.compile`.
+        keep: given the report of the rounds so far after each of them.
     """
+
+    def located(figures: dict[str, Any]) -> dict[str, Any]:
+        report = {
+            "config": job.config,
+            "device": job.device.type,
+            "device_name": device_name(job.device),
+            "dtype": str(job.dtype).replace("torch.", ""),
+            "height": job.height,
+            "width": job.width,
+            "guidance": GUIDANCE,
+            **figures,
+            "chosen_kernels": chosen_kernels(),
+        }
+        return {**report, "verdicts": [asdict(verdict) for verdict in verdicts(report)]}
+
     arms = list(make_arms(job, compiled=compiled))
-    report = compare(arms, job.device, rounds=rounds, limit_s=limit_s)
-    return {
-        "config": job.config,
-        "device": job.device.type,
-        "device_name": device_name(job.device),
-        "dtype": str(job.dtype).replace("torch.", ""),
-        "height": job.height,
-        "width": job.width,
-        "guidance": GUIDANCE,
-        **report,
-        "chosen_kernels": chosen_kernels(),
-    }
+    figures = compare(arms, job.device, rounds=rounds, limit_s=limit_s, keep=lambda each: keep(located(each)))
+    return located(figures)
 
 
 def make_arms(job: Job, *, compiled: bool) -> Iterator[Arm]:
@@ -116,7 +134,7 @@ def make_arms(job: Job, *, compiled: bool) -> Iterator[Arm]:
     So its first call is the one that times the attention kernels, as the first picture of the service is.
     """
     cuda = job.device.type == "cuda"
-    searched: Callable[[Arm], Arm] = CudnnSearch() if cuda else lambda arm: arm
+    searched: Callable[[Arm], Arm] = CudnnSearch(job.device) if cuda else lambda arm: arm
     vae, unet = random_modules(job)
     served = as_served(vae, job.device), as_served(unet, job.device)
     stock, with_attention = stock_unet(unet), stock_unet(unet, ChosenAttention())
@@ -124,7 +142,7 @@ def make_arms(job: Job, *, compiled: bool) -> Iterator[Arm]:
     yield searched(make.plain(BASELINE, vae, stock))
     if compiled:
         quick: Any = torch.compile(stock)
-        yield searched(make.plain(f"{BASELINE}, compiled", vae, stock, quick))
+        yield searched(make.plain(COMPILED_BASELINE, vae, stock, quick))
     yield make.ours(EXACTLY.name, *served, EXACTLY)
     if cuda:
         yield make.plain(f"{BASELINE}, no cuDNN search", vae, stock)
@@ -148,7 +166,8 @@ class ArmMaker:
 
     def __init__(self, job: Job) -> None:
         self._steps = job.steps
-        self._shapes = Shapes(replace(SIZES[job.config], height=job.height, width=job.width), job.dtype)
+        shapes = Shapes(replace(SIZES[job.config], height=job.height, width=job.width), job.dtype)
+        self._tflop = lru_cache(maxsize=None)(lambda recipe, steps: shapes.loop(recipe, steps).flop / TERA)
         self._conditions = random_conditions(job)
 
     def plain(
@@ -166,8 +185,8 @@ class ArmMaker:
         def draw(watch: Stopwatch) -> Pictures:
             return draw_plainly(baseline, self._conditions, self._steps, watch)
 
-        tflop = self._shapes.loop(EXACTLY, self._steps).flop / TERA
-        return Arm(name, self._steps, tflop, exact=True, modules=(unet, vae), draw=draw)
+        count_tflop = partial(self._tflop, EXACTLY, self._steps)
+        return Arm(name, self._steps, count_tflop, exact=True, modules=(unet, vae), draw=draw)
 
     def ours(self, name: str, vae: AutoencoderKL, unet: TryOnUNet, recipe: Recipe) -> Arm:
         """The pipeline's loop."""
@@ -177,8 +196,8 @@ class ArmMaker:
         def draw(watch: Stopwatch) -> Pictures:
             return draw_with(pipeline, self._conditions, recipe, steps, watch)
 
-        tflop = self._shapes.loop(recipe, steps).flop / TERA
-        return Arm(name, steps, tflop, exact=recipe == EXACTLY, modules=(unet, vae), draw=draw)
+        count_tflop = partial(self._tflop, recipe, steps)
+        return Arm(name, steps, count_tflop, exact=recipe == EXACTLY, modules=(unet, vae), draw=draw)
 
 
 def make_pipeline(vae: AutoencoderKL, unet: TryOnUNet) -> CatVTONPipeline:

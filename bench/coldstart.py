@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,13 +27,17 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
 
+from bench.files import end_of, json_option, write_report
 from bench.sizes import SIZES, Size
+from container.settings import Settings, SettingsError
 from deploy.local_container import REPOSITORY, SERVE, free_port
 from model import weights
 from model.catvton import published
 from model.catvton.checkpoint import write_merged
+from model.device import DEVICES, DTYPES, choose_device
 
 ENGINE, VARIANT = "catvton", "mix"
+SEPARATE, MERGED = "separate", "merged"
 BEFORE = (sys.executable, "-m", "bench.coldstart_before")
 OK = 200
 POLL_S = 0.01
@@ -123,6 +128,26 @@ def write_merged_weights(separate: Path, merged: Path) -> None:
     write_merged(separate, VARIANT, merged / published.MERGED_FILES[VARIANT])
 
 
+def kept_weights(folder: Path, config: str) -> Path:
+    """The folder with the recorded weights of a configuration, `separate` and `merged`.
+
+    Raises:
+        WeightsError: some that were kept are damaged.
+        OSError: they cannot be written; what was begun counts for nothing the next time.
+    """
+    kept = folder / config
+    if not kept.exists():
+        half_written = folder / f"{config}.part"
+        if half_written.exists():
+            shutil.rmtree(half_written)
+        write_weights(half_written / SEPARATE, SIZES[config])
+        write_merged_weights(half_written / SEPARATE, half_written / MERGED)
+        half_written.rename(kept)
+    for name in (SEPARATE, MERGED):
+        weights.verify(kept / name, ENGINE, VARIANT)
+    return kept
+
+
 def prepare_pages(folder: Path, *, cold: bool) -> None:
     """Brings every file of the folder into the page cache, or drops it from there."""
     for path in (path for path in folder.rglob("*") if path.is_file()):
@@ -140,7 +165,7 @@ def start(arm: Arm, environ: Mapping[str, str], log: Path) -> Start:
     """Start the process, wait until it is ready, stop it, and say where the time went.
 
     Raises:
-        RuntimeError: it ended, or was not ready in time; the text names the log.
+        click.ClickException: it ended, or was not ready in time; the text has the end of the log.
     """
     port = free_port()
     own = {name: value for name, value in os.environ.items() if not name.startswith(("VTON_", "SAGEMAKER_"))}
@@ -173,7 +198,8 @@ def _wait_until_ready(process: subprocess.Popen[bytes], port: int, log: Path) ->
         except requests.exceptions.RequestException:
             pass
         time.sleep(POLL_S)
-    raise RuntimeError(f"the process is not ready, exit status {process.poll()}; see {log}")
+    status = process.poll()
+    raise click.ClickException(f"the process is not ready, exit status {status}; its log ends with\n{end_of(log)}")
 
 
 def _peak_rss_bytes(pid: int) -> int | None:
@@ -211,13 +237,11 @@ def _told(
 
 
 def measure(arms: Sequence[Arm], environ: Mapping[str, str], logs: Path, *, runs: int, cold: bool) -> dict[str, Any]:
-    """Every arm `runs` times, in turn, from recorded weights.
+    """Every arm `runs` times, in turn.
 
     Returns:
         By arm: its starts, and the median of each number.
     """
-    for arm in arms:
-        weights.verify(arm.weights_dir, ENGINE, VARIANT)
     starts: dict[str, list[Start]] = {arm.name: [] for arm in arms}
     for turn in range(runs):
         for arm in [*arms[turn % len(arms) :], *arms[: turn % len(arms)]]:
@@ -278,15 +302,24 @@ def _kept(folder: Path | None) -> Iterator[Path]:
 
 @click.command()
 @click.option("--config", type=click.Choice(list(SIZES)), default="sd15", show_default=True, help="Size of the model.")
-@click.option("--size", default="768x1024", show_default=True, help="Width x height of the service's pictures, px.")
-@click.option("--device", default="auto", show_default=True, help="auto, cuda or cpu.")
-@click.option("--dtype", default="auto", show_default=True)
+@click.option(
+    "--size",
+    default="768x1024",
+    show_default=True,
+    help="Width x height of the service's pictures, px: 256 to 2048 in steps of 64.",
+)
+@click.option("--device", type=click.Choice(["auto", *DEVICES]), default="auto", show_default=True)
+@click.option("--dtype", type=click.Choice(["auto", *DTYPES]), default="auto", show_default=True)
 @click.option("--runs", type=click.IntRange(1), default=3, show_default=True, help="Counted starts of each way.")
 @click.option("--cold", is_flag=True, help="Drop the weights' pages before each start.")
-@click.option("--keep", type=click.Path(path_type=Path), help="Keep weights and logs here, and use what is there.")
-@click.option("--json", "path", type=click.Path(path_type=Path), help="Also write the report here.")
+@click.option(
+    "--keep",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Keep weights and logs here, by --config, and use the weights that are there.",
+)
+@json_option()
 def main(
-    config: str, size: str, device: str, dtype: str, runs: int, cold: bool, keep: Path | None, path: Path | None
+    config: str, size: str, device: str, dtype: str, runs: int, cold: bool, keep: Path | None, json_path: Path | None
 ) -> None:
     """Starts the container's process in three ways, in turn, on random weights, and says where the time goes.
 
@@ -294,28 +327,19 @@ def main(
     from the published files. `merged`: as it is, from one file. On a CPU of few cores the first takes minutes at the
     default size.
     """
-    match = SIZE.fullmatch(size)
-    if match is None:
-        raise click.BadParameter("must be WIDTHxHEIGHT", param_hint="--size")
+    settings = _settings(size, device, dtype)
     if cold and not hasattr(os, "posix_fadvise"):
         raise click.BadParameter("this system drops no pages", param_hint="--cold")
     load_before = [round(each, 2) for each in os.getloadavg()]
-    with _kept(keep) as folder:
-        separate, merged = folder / "separate", folder / "merged"
-        if not (merged / published.MERGED_FILES[VARIANT]).exists():
-            write_weights(separate, SIZES[config])
-            write_merged_weights(separate, merged)
+    with _kept(keep) as place:
+        try:
+            folder = kept_weights(place, config)
+        except (OSError, weights.WeightsError) as exc:
+            raise click.ClickException(str(exc)) from exc
+        separate, merged = folder / SEPARATE, folder / MERGED
         arms = [Arm("before", BEFORE, separate), Arm("separate", SERVE, separate), Arm("merged", SERVE, merged)]
-        environ = {
-            "VTON_OUTPUT_DIR": str(folder / "results"),
-            "VTON_VARIANT": VARIANT,
-            "VTON_MASKER": "off",
-            "VTON_DEVICE": device,
-            "VTON_DTYPE": dtype,
-            "VTON_WIDTH": match.group(1),
-            "VTON_HEIGHT": match.group(2),
-        }
-        measured = measure(arms, environ, folder, runs=runs, cold=cold)
+        settings["VTON_OUTPUT_DIR"] = str(folder / "results")
+        measured = measure(arms, settings, folder, runs=runs, cold=cold)
         report = {
             "config": config,
             "size": size,
@@ -333,8 +357,27 @@ def main(
             "before_times": ratios(measured),
         }
     print(table(report))
-    if path is not None:
-        path.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(json_path, report)
+
+
+def _settings(size: str, device: str, dtype: str) -> dict[str, str]:
+    """What the process is told, but for its places.
+
+    Raises:
+        click.UsageError: the size is not WIDTHxHEIGHT, the service refuses it, or the device is not there.
+    """
+    match = SIZE.fullmatch(size)
+    if match is None:
+        raise click.BadParameter("must be WIDTHxHEIGHT", param_hint="--size")
+    size_px = {"VTON_WIDTH": match.group(1), "VTON_HEIGHT": match.group(2)}
+    try:
+        Settings.from_env(size_px)
+        choose_device(device)
+    except SettingsError as exc:
+        raise click.BadParameter(str(exc), param_hint="--size") from exc
+    except ValueError as exc:
+        raise click.UsageError(str(exc)) from exc
+    return {"VTON_VARIANT": VARIANT, "VTON_MASKER": "off", "VTON_DEVICE": device, "VTON_DTYPE": dtype, **size_px}
 
 
 def _bytes_in(folder: Path) -> int:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Callable
 
+import click
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bench.memory import Memory, peak_of, peak_text, settled, verdict
+from bench.memory import Memory, peak_of, peak_text, settled
 from bench.stopwatch import AttentionWitness, Stopwatch
 from bench.surroundings import device_name, environment, gpu_state, load_average, versions
+from bench.verdicts import COMPILED_BASELINE, NEAR, Floor, floor_of, ratio_text, verdicts
+from model.device import kind_of
+from model.interface import DeviceFailed
 
 WARM_UPS = 3  # the first of which is `first_call_s`
 RESAMPLES = 2_000
-NEAR = 2  # grey levels
-BASELINE = "baseline"
-
-COMPILERS_FAILURES = (RuntimeError, AssertionError)  # torch.compile fails with either
+FEWEST_ROUNDS = 5  # for an interval: all that four times span misses their true median in one case of eight
 
 Pictures = NDArray[np.uint8]  # (B, H, W, 3)
 Draw = Callable[[Stopwatch], Pictures]
@@ -33,7 +35,7 @@ class Arm:
     Attributes:
         name: in the report.
         steps: of one call.
-        tflop: of all steps of one call, counted on shapes.
+        count_tflop: counts those of all steps of one call, on shapes.
         exact: whether it has to make the baseline's pictures.
         modules: whose weights it needs.
         draw: makes the pictures, timed by the stopwatch that it is given.
@@ -41,7 +43,7 @@ class Arm:
 
     name: str
     steps: int
-    tflop: float
+    count_tflop: Callable[[], float]
     exact: bool
     modules: tuple[torch.nn.Module, ...]
     draw: Draw
@@ -58,41 +60,11 @@ class Spread:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Median of ratios that belong together, with the 95 % bootstrap interval of that median."""
+    """Median of ratios that belong together, with the 95 % bootstrap interval of that median; None of too few."""
 
     median: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Floor:
-    """What a GPU could do at most.
-
-    Attributes:
-        tflop_per_s: dense float16 arithmetic; as specified, or 790 as practised on an H200, whose arithmetic an H100
-            with HBM3 has too.
-        guided_step_ms: of a full step at 1024x768, where more than arithmetic bounds it: attention of 40 channels is
-            padded to 64, and exponentials have a rate of their own.
-    """
-
-    tflop_per_s: float
-    guided_step_ms: float | None = None
-
-
-FLOORS = {  # by words of what torch calls the GPU; the H100s named "PCIe" and "NVL" are slower
-    "H200": Floor(790.0, guided_step_ms=27.2),
-    "H100 HBM3": Floor(790.0, guided_step_ms=27.2),
-    "A10G": Floor(70.0),
-    "L40S": Floor(362.0),
-    "L4": Floor(121.0),
-}
-
-
-def floor_of(device_name: str) -> Floor | None:
-    """The floor of a GPU by its name, None for one that is not in the table."""
-    words = set(device_name.replace("-", " ").split())
-    return next((floor for name, floor in FLOORS.items() if words.issuperset(name.split())), None)
+    low: float | None
+    high: float | None
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -104,6 +76,8 @@ def spread(values: Sequence[float]) -> Spread:
 def ratio(baseline: Sequence[float], arm: Sequence[float]) -> Ratio:
     """How many times faster the arm is, from the times of both in the same rounds."""
     ratios = np.asarray(baseline) / np.asarray(arm)
+    if len(ratios) < FEWEST_ROUNDS:
+        return Ratio(float(np.median(ratios)), None, None)
     draws = np.random.default_rng(0).choice(ratios, (RESAMPLES, len(ratios)))
     low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
     return Ratio(float(np.median(ratios)), float(low), float(high))
@@ -116,52 +90,107 @@ def rotated(arms: Sequence[Arm], turn: int) -> list[Arm]:
     return order[::-1] if turn % 2 else order
 
 
-def compare(arms: Sequence[Arm], device: torch.device, *, rounds: int, limit_s: float) -> dict[str, Any]:
-    """The report on all arms; the first is what the others are compared with. Others may fail in their warm-up.
+class Comparison:
+    """What was seen of some arms so far. One that fails is left out from then on; the first must not.
+
+    Args:
+        arms: at least one; the first is what the others are compared with.
+        device: where they run.
+    """
+
+    def __init__(self, arms: Sequence[Arm], device: torch.device) -> None:
+        self._arms = list(arms)
+        self._device = device
+        self._warmed: dict[str, WarmUp] = {}
+        self._times: dict[str, list[Stopwatch]] = {arm.name: [] for arm in arms}
+        self._failed: dict[str, str] = {}
+        self._states, self._load_before = [gpu_state(device)], load_average()
+
+    def warm_up(self) -> None:
+        """Warm up every arm and say so."""
+        for arm in list(self._arms):
+            with self._left_out_if_it_fails(arm):
+                self._warmed[arm.name] = warm_up(arm, self._device)
+                click.echo(f"warmed up: {arm.name}, first call {self._warmed[arm.name].first_call_s:.1f} s", err=True)
+
+    def draw_round(self, turn: int) -> None:
+        """Time one picture of each arm."""
+        for arm in rotated(self._arms, turn):
+            with self._left_out_if_it_fails(arm):
+                watch = Stopwatch(self._device)
+                arm.draw(watch)
+                self._times[arm.name].append(watch)
+        self._states.append(gpu_state(self._device))
+
+    @contextmanager
+    def _left_out_if_it_fails(self, arm: Arm) -> Iterator[None]:
+        try:
+            yield
+        except Exception as exc:  # whatever it is must not cost the figures of the others
+            lost = isinstance(exc, RuntimeError) and kind_of(exc) is DeviceFailed and self._times[self._arms[0].name]
+            if arm is self._arms[0] or lost:  # on a lost device all would fail, and lose their rounds
+                raise
+            self._failed[arm.name] = f"{type(exc).__name__}: {str(exc).strip().partition(chr(10))[0]}"
+            self._arms = [other for other in self._arms if other is not arm]
+            click.echo(f"failed: {arm.name}: {self._failed[arm.name]}", err=True)
+
+    def report(self) -> dict[str, Any]:
+        """The figures of all rounds so far; of at least one."""
+        floor = floor_of(device_name(self._device))
+        return {
+            "arms": {arm.name: self._figures(arm, floor) for arm in self._arms},
+            "failed": dict(self._failed),
+            "floor": None if floor is None else asdict(floor),
+            "rounds": len(self._times[self._arms[0].name]),
+            "warm_ups": WARM_UPS,
+            "clock": "CUDA events, wall clock" if self._device.type == "cuda" else "processor time",
+            "gpu_states": [state for state in self._states if state is not None],
+            "load_average": [self._load_before, load_average()],
+            "environment": environment(),
+            "versions": versions(),
+        }
+
+    def _figures(self, arm: Arm, floor: Floor | None) -> dict[str, Any]:
+        reference = self._arms[0].name
+        warmed, times = self._warmed[arm.name], self._times[arm.name]
+        figures = {
+            **summary(arm.steps, warmed.tflop, times, reference=self._times[reference], floor=floor),
+            **warmed.report(arm, self._warmed[reference].pictures),
+        }
+        if any(other.name == COMPILED_BASELINE for other in self._arms):
+            compiled_s, loop_s = (
+                [watch.loop_s for watch in self._times[name]] for name in (COMPILED_BASELINE, arm.name)
+            )
+            figures["speedup_on_compiled"] = asdict(ratio(compiled_s, loop_s))
+        return figures
+
+
+def compare(
+    arms: Sequence[Arm],
+    device: torch.device,
+    *,
+    rounds: int,
+    limit_s: float,
+    keep: Callable[[dict[str, Any]], object] = lambda _report: None,
+) -> dict[str, Any]:
+    """The report on all arms; the first is what the others are compared with. Others may fail.
 
     Args:
         arms: at least one.
         device: where they run.
         rounds: of all arms, after three warm-ups of each.
-        limit_s: no round but the first begins later than this after the first warm-up.
+        limit_s: no round but the first begins later than this after the last warm-up.
+        keep: given the report of the rounds so far after each of them.
     """
+    comparison = Comparison(arms, device)
+    comparison.warm_up()
     ends = time.monotonic() + limit_s
-    states, load_before = [gpu_state(device)], load_average()
-    warmed, failed = {arms[0].name: warm_up(arms[0], device)}, {}
-    for arm in arms[1:]:
-        try:
-            warmed[arm.name] = warm_up(arm, device)
-        except COMPILERS_FAILURES as exc:  # which must not cost the figures of the others
-            failed[arm.name] = f"{type(exc).__name__}: {str(exc).strip().partition(chr(10))[0]}"
-    arms = [arm for arm in arms if arm.name in warmed]
-    times: dict[str, list[Stopwatch]] = {arm.name: [] for arm in arms}
     for turn in range(rounds):
-        for arm in rotated(arms, turn):
-            watch = Stopwatch(device)
-            arm.draw(watch)
-            times[arm.name].append(watch)
-        states.append(gpu_state(device))
+        comparison.draw_round(turn)
+        keep(comparison.report())
         if time.monotonic() > ends:
             break
-    reference, floor = arms[0].name, floor_of(device_name(device))
-    return {
-        "arms": {
-            arm.name: {
-                **summary(arm, times[arm.name], times[reference], floor),
-                **warmed[arm.name].report(arm, warmed[reference].pictures),
-            }
-            for arm in arms
-        },
-        "failed": failed,
-        "floor": None if floor is None else asdict(floor),
-        "rounds": len(times[reference]),
-        "warm_ups": WARM_UPS,
-        "clock": "CUDA events, wall clock" if device.type == "cuda" else "processor time",
-        "gpu_states": [state for state in states if state is not None],
-        "load_average": [load_before, load_average()],
-        "environment": environment(),
-        "versions": versions(),
-    }
+    return comparison.report()
 
 
 @dataclass(frozen=True)
@@ -169,6 +198,7 @@ class WarmUp:
     """What is seen before the rounds.
 
     Attributes:
+        tflop: of all steps of one call.
         first_call_s: wall clock; of the first arm with what the libraries need to start.
         peak: on CUDA, of the arm's weights and what else it takes at most, what it keeps from its first call on
             included; what other arms keep is left out.
@@ -176,6 +206,7 @@ class WarmUp:
         pictures: that were made.
     """
 
+    tflop: float
     first_call_s: float
     peak: Memory | None
     attention_ops: dict[str, str]
@@ -199,6 +230,7 @@ class WarmUp:
 
 def warm_up(arm: Arm, device: torch.device) -> WarmUp:
     """Three calls: one timed, one watched, and one whose memory is looked at."""
+    tflop = arm.count_tflop()
     before = settled(device)
     started = time.perf_counter()
     pictures = arm.draw(Stopwatch(device))
@@ -208,22 +240,22 @@ def warm_up(arm: Arm, device: torch.device) -> WarmUp:
     settled(device)
     arm.draw(Stopwatch(device))
     peak = None if before is None else peak_of(arm.modules, before, device)
-    return WarmUp(first_call_s, peak, witness.ops, witness.kernels, pictures)
+    return WarmUp(tflop, first_call_s, peak, witness.ops, witness.kernels, pictures)
 
 
 def summary(
-    arm: Arm, times: Sequence[Stopwatch], reference: Sequence[Stopwatch], floor: Floor | None
+    steps: int, tflop: float, times: Sequence[Stopwatch], *, reference: Sequence[Stopwatch], floor: Floor | None
 ) -> dict[str, Any]:
     """The figures of one arm from the times of its rounds and of the reference's in the same rounds."""
     loop_s, whole_s = [watch.loop_s for watch in times], [watch.whole_s for watch in times]
     loop = spread([1e3 * seconds for seconds in loop_s])
     figures: dict[str, Any] = {
-        "steps": arm.steps,
-        "step_tflop": arm.tflop / arm.steps,
+        "steps": steps,
+        "step_tflop": tflop / steps,
         "loop_ms": asdict(loop),
         "whole_ms": asdict(spread([1e3 * seconds for seconds in whole_s])),
-        "step_ms": loop.median / arm.steps,
-        "tflop_per_s": arm.tflop / loop.median * 1e3,
+        "step_ms": loop.median / steps,
+        "tflop_per_s": tflop / loop.median * 1e3,
         "speedup": asdict(ratio([watch.loop_s for watch in reference], loop_s)),
         "whole_speedup": asdict(ratio([watch.whole_s for watch in reference], whole_s)),
     }
@@ -242,12 +274,11 @@ def terminal_table(report: dict[str, Any]) -> str:
         f"{'loop, times faster':>24}{'picture':>9}{'peak MiB':>14}{'first s':>9}",
     ]
     for name, arm in report["arms"].items():
-        loop, faster = arm["loop_ms"], arm["speedup"]
+        loop = arm["loop_ms"]
         spread_text = f"{loop['median']:.1f} ({loop['p10']:.1f} to {loop['p90']:.1f})"
-        faster_text = f"{faster['median']:.3f} ({faster['low']:.3f} to {faster['high']:.3f})"
         lines.append(
             f"{name:<31}{arm['steps']:>6}{spread_text:>28}{arm['step_ms']:>9.2f}{arm['tflop_per_s']:>9.4g}"
-            f"{faster_text:>24}{arm['whole_speedup']['median']:>9.3f}"
+            f"{ratio_text(arm['speedup'], 3):>24}{arm['whole_speedup']['median']:>9.3f}"
             f"{peak_text(arm):>14}{arm['first_call_s']:>9.1f}"
         )
     lines += ["attention, by the shape of its queries, and its kernels:"]
@@ -264,13 +295,12 @@ def terminal_table(report: dict[str, Any]) -> str:
 def _remarks(report: dict[str, Any]) -> list[str]:
     """What the table of a report has no column for."""
     lines = [f"did not run: {name}: {why}" for name, why in report["failed"].items()]
-    floor, memory = report["floor"], verdict(report)
+    floor = report["floor"]
     if floor is not None:
         step = floor["guided_step_ms"]
         of_step = "" if step is None else f", {step:g} ms per guided step at 1024x768"
         lines.append(f"floor: {floor['tflop_per_s']:g} TFLOP/s{of_step}")
-    if memory is not None:
-        lines.append(memory)
+    lines += [verdict.text for verdict in verdicts(report)]
     if report["gpu_states"]:
         lines += [f"GPU before: {report['gpu_states'][0]}", f"GPU after: {report['gpu_states'][-1]}"]
     return lines

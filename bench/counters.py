@@ -6,7 +6,6 @@ contents, so that the numbers are the same on every machine.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from diffusers import AutoencoderKL, DDIMScheduler
 
 from bench.baseline import Baseline, stock_unet
 from bench.counting import Counter, counting
+from bench.files import json_option, write_report
 from bench.recipes import COMBINED, EXACTLY, GUIDANCE, NAMED, SINGLE, SOLVERS, Recipe, cycle_steps
 from bench.sizes import LATENT_PX, SIZES, Size
 from model.catvton import published
@@ -214,13 +214,12 @@ def table(report: dict[str, Any]) -> str:
 
 
 @click.command()
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the report here too.")
+@json_option()
 def main(json_path: Path | None) -> None:
     """Count operations of the exact mode, of the baseline, and of what is traded for speed."""
     report = count(Shapes(), Shapes(layout=torch.channels_last))
     click.echo(table(report))
-    if json_path is not None:
-        json_path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_report(json_path, report)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import click
@@ -16,9 +14,10 @@ from tqdm import tqdm
 
 from bench.cases import Case, draw_cases
 from bench.counters import TERA, Shapes
+from bench.files import json_option, write_report
 from bench.metrics import ciede2000, lab, median_colour, psnr, squared_error, ssim
 from bench.quality import load, to_pictures
-from bench.recipes import COMBINED, EXACTLY, FULL_STEPS, GUIDANCE, NAMED, SINGLE, Recipe
+from bench.recipes import COMBINED, EXACTLY, FULL_STEPS, GUIDANCE, MOST_STEPS, NAMED, SINGLE, Recipe
 from bench.record import DRIFT, HERE, put
 from bench.surroundings import versions
 from model.catvton.knobs import Knobs
@@ -224,10 +223,10 @@ def best(report: dict[str, Any]) -> str:
 @click.option("--variant", type=click.Choice(sorted(ATTENTION_FOLDERS)), default="mix", show_default=True)
 @click.option("--device", type=click.Choice(["auto", *DEVICES]), default="cpu", show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=4, show_default=True, help="Pictures at once.")
-@click.option("--exact-steps", type=click.IntRange(1, 1000), default=FULL_STEPS, show_default=True)
+@click.option("--exact-steps", type=click.IntRange(1, MOST_STEPS), default=FULL_STEPS, show_default=True)
 @click.option("--only", multiple=True, help="A recipe by name; all if none is named.")
 @click.option("--readme", is_flag=True, help="Write the table into bench/README.md.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the report here too.")
+@json_option()
 def main(**options: Any) -> None:  # noqa: ANN401 - click's
     """Judge how far each trade for speed departs from the exact picture of the same seed."""
     chosen = [trial for trial in trials() if not options["only"] or trial.recipe.name in options["only"]]
@@ -260,8 +259,7 @@ def main(**options: Any) -> None:  # noqa: ANN401 - click's
     click.echo(markdown(report))
     if options["readme"]:
         put(HERE / "README.md", DRIFT, markdown(report))
-    if options["json_path"] is not None:
-        options["json_path"].write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_report(options["json_path"], report)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ so that a client that is late hides nothing.
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import statistics
 import tempfile
@@ -20,8 +19,10 @@ from typing import Any, Callable
 import click
 import numpy as np
 
+from bench.files import json_option, write_report
 from bench.service import (
     OK,
+    PICTURE_S,
     PLACES,
     Answer,
     Caller,
@@ -66,9 +67,9 @@ def _shares(_context: click.Context, _option: click.Parameter, levels: str) -> l
     callback=_shares,
     help="Shares of the capacity, percent.",
 )
-@click.option("--picture-s", type=float, default=0.25, show_default=True, help="Seconds that the engine waits.")
-@click.option("--json", "path", type=click.Path(path_type=Path), help="Also write the figures here.")
-def main(seconds: float, shares: list[float], picture_s: float, path: Path | None) -> None:
+@click.option("--picture-s", type=PICTURE_S, default=0.25, show_default=True, help="Seconds that the engine waits.")
+@json_option()
+def main(seconds: float, shares: list[float], picture_s: float, json_path: Path | None) -> None:
     """Measure the capacity of the service, then offer it shares of that; print what came of it, level by level."""
     about = {**machine(), "seconds": seconds, "picture_s": picture_s, "places": PLACES}
     with tempfile.TemporaryDirectory() as folder, surroundings() as (cloud, images):
@@ -76,8 +77,7 @@ def main(seconds: float, shares: list[float], picture_s: float, path: Path | Non
         with serving(cloud, images, environ, Path(folder) / "serve.log") as service:
             figures = {**about, **asyncio.run(_measure(service, seconds, shares))}
     click.echo(_table(figures))
-    if path is not None:
-        path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    write_report(json_path, figures)
 
 
 async def _measure(service: Service, seconds: float, shares: Sequence[float]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import resource
 import statistics
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image as Pillow
 
+from bench.files import json_option, write_report
 from container.person_masks import LONGEST_SIDE
 from container.request import CLOTH_TYPES
 from model import geometry
@@ -26,23 +26,33 @@ from model.maskers.densepose import DensePose
 from model.maskers.densepose_network import DensePoseNetwork
 from model.maskers.schp import SCHP
 from model.maskers.schp_network import SchpNetwork
+from model.weights import WeightsError
 
 SIZE_WH = (768, 1024)
 
 
 @click.command()
-@click.option("--weights", type=click.Path(path_type=Path), help="Directory of weights; without one they are random.")
-@click.option("--photo", type=click.Path(path_type=Path, exists=True), help="Without one it is noise of 768x1024.")
+@click.option(
+    "--weights",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Directory of weights; without one they are random.",
+)
+@click.option(
+    "--photo", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Without one it is noise of 768x1024."
+)
 @click.option("--device", type=click.Choice(["auto", *DEVICES]), default="auto", show_default=True)
 @click.option("--dtype", type=click.Choice(["auto", *DTYPES]), default="auto", show_default=True)
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--json", "path", type=click.Path(path_type=Path), help="Also write the figures here.")
-def main(weights: Path | None, photo: Path | None, path: Path | None, repeats: int, **options: str) -> None:
+@json_option()
+def main(weights: Path | None, photo: Path | None, json_path: Path | None, repeats: int, **options: str) -> None:
     """Mask one photo for all five types; print the median seconds of each stage."""
-    device = choose_device(options["device"])
-    dtype = choose_dtype(options["dtype"], device)
-    masker = _random(device, dtype) if weights is None else load(MaskerOptions(weights, **options))
-    picture = _noise() if photo is None else np.asarray(Pillow.open(photo).convert("RGB"))
+    try:
+        device = choose_device(options["device"])
+        dtype = choose_dtype(options["dtype"], device)
+        picture = _noise() if photo is None else np.asarray(Pillow.open(photo).convert("RGB"))
+        masker = _random(device, dtype) if weights is None else load(MaskerOptions(weights, **options))
+    except (OSError, ValueError, WeightsError) as exc:
+        raise click.UsageError(str(exc)) from exc
     picture = geometry.fit_within(picture, LONGEST_SIDE)
     _measure(masker, picture, device)  # warm-up
     runs = [_measure(masker, picture, device) for _ in range(repeats)]
@@ -61,8 +71,7 @@ def main(weights: Path | None, photo: Path | None, path: Path | None, repeats: i
     click.echo("  ".join(f"{name} {value}" for name, value in about.items()))
     for stage, seconds in figures.items():
         click.echo(f"{stage.removesuffix('_s'):<12}{seconds:8.3f} s")
-    if path is not None:
-        path.write_text(json.dumps({**about, **figures}, indent=1) + "\n", encoding="utf-8")
+    write_report(json_path, {**about, **figures})
 
 
 def _measure(masker: AutoMasker, picture: Image, device: torch.device) -> dict[str, float]:

@@ -11,7 +11,6 @@ import torch
 
 MIB = 2**20
 LIMIT_BYTES = 4_500_000_000  # promised of exact mode at the published size in float16
-LIMITED: dict[str, Any] = {"config": "sd15", "dtype": "float16", "height": 1024, "width": 768}
 
 
 @dataclass(frozen=True)
@@ -55,23 +54,6 @@ def weight_bytes(modules: Sequence[torch.nn.Module]) -> int:
     """Of all parameters, shared ones once."""
     parameters = {parameter.data_ptr(): parameter for module in modules for parameter in module.parameters()}
     return sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
-
-
-def verdict(report: dict[str, Any]) -> str | None:
-    """Whether exact mode keeps to its memory, in a sentence; None where that was not measured.
-
-    Args:
-        report: of a comparison.
-    """
-    exact = report["arms"].get("exact", {})
-    if exact.get("peak_memory_bytes") is None or any(report[name] != value for name, value in LIMITED.items()):
-        return None
-    allocated, reserved = exact["peak_memory_bytes"], exact["peak_reserved_bytes"]
-    kept = "holds" if max(allocated, reserved) <= LIMIT_BYTES else "is BROKEN"
-    return (
-        f"exact takes {allocated / 1e9:.2f} GB at most, {reserved / 1e9:.2f} GB with what PyTorch reserves: "
-        f"at most {LIMIT_BYTES / 1e9:g} GB {kept}"
-    )
 
 
 def peak_text(arm: dict[str, Any]) -> str:

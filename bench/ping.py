@@ -13,26 +13,33 @@ from pathlib import Path
 import click
 import requests
 
+from bench.files import end_of, json_option, write_report
 from deploy.demo import image_host, png, serving
+from deploy.local_container import ContainerFailed
 from model.embedded import demo_pictures
 
 PAUSE_S = 0.02
 
 
 @click.command()
-@click.option("--seconds", default=10.0, show_default=True, help="How long to ping.")
-@click.option("--steps", default=20, show_default=True, help="Denoising steps of each picture.")
-@click.option("--json", "path", type=click.Path(path_type=Path), help="Also write the figures here.")
-def main(seconds: float, steps: int, path: Path | None) -> None:
+@click.option("--seconds", type=click.FloatRange(1), default=10.0, show_default=True, help="How long to ping.")
+@click.option(
+    "--steps", type=click.IntRange(1, 100), default=20, show_default=True, help="Denoising steps of each picture."
+)
+@json_option()
+def main(seconds: float, steps: int, json_path: Path | None) -> None:
     """Pings a container process with the embedded model that is never idle; prints percentiles in milliseconds."""
     files = {f"{name}.png": png(picture) for name, picture in demo_pictures().items()}
     with tempfile.TemporaryDirectory() as kept, image_host(files) as host:
         environ = {"VTON_OUTPUT_DIR": kept, "VTON_TRUSTED_HOSTS": host, "VTON_STEPS": str(steps)}
-        with serving(environ, Path(kept) / "serve.log") as url:
-            figures = _measure(url, host, seconds)
+        log = Path(kept) / "serve.log"
+        try:
+            with serving(environ, log) as url:
+                figures = _measure(url, host, seconds)
+        except ContainerFailed as exc:
+            raise click.ClickException(f"the service did not become ready; its log ends with\n{end_of(log)}") from exc
     print(json.dumps(figures, indent=2))
-    if path is not None:
-        path.write_text(json.dumps(figures, indent=2) + "\n")
+    write_report(json_path, figures)
 
 
 def _measure(url: str, host: str, seconds: float) -> dict[str, float]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import date, datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,13 @@ from diffusers import DDIMScheduler
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.arms import as_served, run
-from bench.compare import terminal_table
-from bench.recipes import FULL_STEPS, GUIDANCE
+from bench.compare import FEWEST_ROUNDS, terminal_table
+from bench.files import json_option, unwritten, write_json, write_report
+from bench.recipes import FULL_STEPS, GUIDANCE, MOST_STEPS
 from bench.record import record
 from bench.sizes import LATENT_PX, SIZES, Job, random_modules
 from bench.surroundings import device_name, versions
+from bench.verdicts import broken
 from model.catvton import published
 from model.catvton.attention import TryOnUNet
 from model.catvton.pipeline import CatVTONPipeline
@@ -208,6 +210,56 @@ def table(report: Report) -> str:
     )
 
 
+def keep(figures: dict[str, Any], json_path: Path | None, day: date | None) -> tuple[Path | None, list[str]]:
+    """Write a comparison where it was asked for; what cannot be written costs neither the other nor the rounds to come.
+
+    Args:
+        figures: of the rounds so far.
+        json_path: None for nowhere.
+        day: to record it under, once there are rounds enough; None not to.
+    Returns:
+        The file in bench/results, and a sentence for each that was not written.
+    """
+    path, wrong = None, []
+    if day is not None and figures["rounds"] < FEWEST_ROUNDS:
+        wrong.append(f"not recorded: {figures['rounds']} rounds give no interval, {FEWEST_ROUNDS} do")
+    elif day is not None:
+        try:
+            path = record(figures, day)
+        except (OSError, ValueError) as exc:
+            wrong.append(f"not recorded: {exc}")
+    if json_path is not None:
+        try:
+            write_json(json_path, figures)
+        except OSError as exc:
+            wrong.append(unwritten(json_path, exc))
+    return path, wrong
+
+
+@contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """On a CPU: where several wait for each other, that is processor time too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if device.type == "cpu" else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def complaints(figures: dict[str, Any]) -> list[str]:
+    """What fails a comparison, a sentence each."""
+    failed = figures["failed"]
+    return [*([f"did not run: {', '.join(failed)}"] if failed else []), *broken(figures)]
+
+
+def whole_latents(_context: click.Context, _option: click.Parameter, pixels: int | None) -> int | None:
+    """The height or width of a picture that the autoencoder can make."""
+    if pixels is not None and pixels % LATENT_PX:
+        raise click.BadParameter(f"{pixels} is not a multiple of {LATENT_PX}.")
+    return pixels
+
+
 @click.command()
 @click.option(
     "--config",
@@ -216,16 +268,18 @@ def table(report: Report) -> str:
 )
 @click.option("--device", type=click.Choice(["auto", *DEVICES]), default="auto", show_default=True)
 @click.option("--dtype", type=click.Choice(["auto", *DTYPES]), default="auto", show_default=True)
-@click.option("--height", type=click.IntRange(8), help="Pixels, a multiple of 8.")
-@click.option("--width", type=click.IntRange(8), help="Pixels, a multiple of 8.")
-@click.option("--steps", type=click.IntRange(1), help="Timed steps per run.")
+@click.option("--height", type=click.IntRange(8), callback=whole_latents, help="Pixels, a multiple of 8.")
+@click.option("--width", type=click.IntRange(8), callback=whole_latents, help="Pixels, a multiple of 8.")
+@click.option("--steps", type=click.IntRange(1, MOST_STEPS), help="Timed steps per run.")
 @click.option("--repeats", type=click.IntRange(1), help="Timed runs.")
 @click.option("--compare", "comparing", is_flag=True, help="Time baseline, exact mode and fast recipes side by side.")
 @click.option("--compile", "compiled", is_flag=True, help="Compare what torch.compile makes of them as well.")
 @click.option("--rounds", type=click.IntRange(1), default=10, show_default=True, help="Of a comparison.")
-@click.option("--limit-s", type=click.FloatRange(1), default=360, show_default=True, help="No round begins later.")
+@click.option(
+    "--limit-s", type=click.FloatRange(1), default=360, show_default=True, help="After the warm-ups; none begins later."
+)
 @click.option("--record", "recording", is_flag=True, help="Keep the comparison in bench/results and bench/README.md.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the report here too.")
+@json_option()
 def main(
     config: str | None,
     device: str,
@@ -248,19 +302,22 @@ def main(
     config = config or ("sd15" if chosen.type == "cuda" else "small")
     wanted = {name: amount or getattr(SIZES[config], name) for name, amount in amounts.items()}
     job = Job(config, chosen, choose_dtype(dtype, chosen), **wanted)
-    if comparing:
-        figures = run(job, rounds=rounds, limit_s=limit_s, compiled=compiled)
-        click.echo(terminal_table(figures))
-        if recording:
-            click.echo(f"kept in {record(figures, datetime.now(timezone.utc).date())}")
-    else:
+    if not comparing:
         report = measure(job)
         click.echo(table(report))
-        figures = asdict(report)
-    if json_path is not None:
-        json_path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    if figures.get("failed"):
-        raise click.ClickException(f"did not run: {', '.join(figures['failed'])}")
+        write_report(json_path, asdict(report))
+        return
+    day = datetime.now(timezone.utc).date() if recording else None
+    kept = partial(keep, json_path=json_path, day=day)
+    with one_thread(chosen):
+        figures = run(job, rounds=rounds, limit_s=limit_s, compiled=compiled, keep=kept)
+    click.echo(terminal_table(figures))
+    path, unkept = kept(figures)
+    if path is not None:
+        click.echo(f"kept in {path}")
+    wrong = [*complaints(figures), *unkept]
+    if wrong:
+        raise click.ClickException("; ".join(wrong))
 
 
 if __name__ == "__main__":

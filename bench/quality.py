@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import click
@@ -19,6 +17,7 @@ from tqdm import tqdm
 
 from bench.cases import Case, draw_cases
 from bench.contact_sheet import write_sheet
+from bench.files import FILE, json_option, place, unwritten, write_report
 from bench.judge import (
     class_accuracy,
     colour_differences,
@@ -28,6 +27,7 @@ from bench.judge import (
     unmasked_difference,
 )
 from bench.metrics import TEXTURES, psnr, squared_error
+from bench.recipes import MOST_STEPS
 from model.catvton.pipeline import CatVTONPipeline
 from model.catvton.published import ATTENTION_FOLDERS
 from model.device import DEVICES, choose_device
@@ -210,7 +210,7 @@ def load(weights: str, variant: str, device: torch.device) -> CatVTONPipeline:
 @click.option("--weights", default=EMBEDDED, show_default=True, help="A directory in the published layout.")
 @click.option("--variant", type=click.Choice(sorted(ATTENTION_FOLDERS)), default="mix", show_default=True)
 @click.option("--device", type=click.Choice(["auto", *DEVICES]), default="cpu", show_default=True)
-@click.option("--steps", type=click.IntRange(1, 1000), default=8, show_default=True)
+@click.option("--steps", type=click.IntRange(1, MOST_STEPS), default=8, show_default=True)
 @click.option(
     "--guidance",
     type=click.FloatRange(1, 10),
@@ -221,9 +221,9 @@ def load(weights: str, variant: str, device: torch.device) -> CatVTONPipeline:
 @click.option("--eta", type=click.FloatRange(0, 1), default=1.0, show_default=True, help="1 as in the service.")
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Pictures at once.")
 @click.option("--many-steps-figures", type=click.IntRange(0), default=4, show_default=True, help="0: no 200 steps.")
-@click.option("--sheet", "sheet_path", type=click.Path(path_type=Path), help="Write a contact sheet (PNG) here.")
+@click.option("--sheet", "sheet_path", type=FILE, callback=place, help="Write a contact sheet (PNG) here.")
 @click.option("--sheet-rows", type=click.IntRange(1), default=12, show_default=True)
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the report here too.")
+@json_option()
 def main(**options: Any) -> None:  # noqa: ANN401 - click's
     """Judge what a model paints, on drawn figures that it never saw."""
     try:
@@ -246,11 +246,13 @@ def main(**options: Any) -> None:  # noqa: ANN401 - click's
         },
     }
     click.echo(table(report))
+    write_report(options["json_path"], report)
     if options["sheet_path"] is not None:
         rows = options["sheet_rows"]
-        write_sheet(cases[:rows], made[:rows], other[:rows], options["sheet_path"])
-    if options["json_path"] is not None:
-        options["json_path"].write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        try:
+            write_sheet(cases[:rows], made[:rows], other[:rows], options["sheet_path"])
+        except OSError as exc:
+            raise click.ClickException(unwritten(options["sheet_path"], exc)) from exc
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from model.catvton import published
 from model.catvton.knobs import EXACT, QUALITIES, Knobs
 from model.interface import BALANCED, FAST, FAST_STEPS
 
 FULL_STEPS = 50  # the published default
+MOST_STEPS: int = published.SCHEDULER_CONFIG["num_train_timesteps"] - published.SCHEDULER_CONFIG["steps_offset"]
 GUIDANCE = 2.5  # the published default; any value above 1 runs both branches
 LONGEST_CYCLE = 200  # steps
 

@@ -8,7 +8,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from bench.memory import peak_text, verdict
+from bench.files import write_json, write_whole
+from bench.memory import peak_text
+from bench.verdicts import ratio_text, verdicts
 
 HERE = Path(__file__).parent
 COMPARISON, DRIFT = "comparison", "drift"
@@ -26,9 +28,10 @@ def record(report: dict[str, Any], day: date, root: Path = HERE) -> Path:
         The file.
     Raises:
         ValueError: the README has no place for the tables.
+        OSError: a file cannot be written.
     """
     path = root / "results" / f"{slug(report)}-{day.isoformat()}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(path, report)
     put(root / "README.md", COMPARISON, tables(root / "results"))
     return path
 
@@ -58,8 +61,8 @@ def table_of_file(path: Path) -> str:
         + f" ([`{path.name}`](results/{path.name}))."
     )
     failed = [f"`{name}` did not run ({why.partition(':')[0]})" for name, why in report.get("failed", {}).items()]
-    memory = verdict(report)
-    remarks = [f"{remark}." for remark in (*failed, memory) if remark is not None]
+    promises = "\n".join(f"- {verdict.text}" for verdict in verdicts(report))
+    remarks = [*(f"{remark}." for remark in failed), *([promises] if promises else [])]
     heading = f"**{report['device_name']}**, {path.stem[-10:]}: {circumstances}"
     return "\n\n".join([heading, table(report), *remarks])
 
@@ -83,16 +86,12 @@ def _row(name: str, arm: dict[str, Any]) -> str:
         f"{steps}",
         f"{arm['step_ms']:.1f} ({loop['p10'] / steps:.1f} to {loop['p90'] / steps:.1f})",
         f"{arm['tflop_per_s']:.3g}{share}",
-        _ratio(arm["speedup"]),
-        _ratio(arm["whole_speedup"]),
+        ratio_text(arm["speedup"], 2),
+        ratio_text(arm["whole_speedup"], 2),
         peak_text(arm),
         f"{arm['first_call_s']:.1f} s",
     )
     return f"| {' | '.join(cells)} |"
-
-
-def _ratio(ratio: dict[str, float]) -> str:
-    return f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
 
 
 def put(readme: Path, name: str, text: str) -> None:
@@ -105,7 +104,7 @@ def put(readme: Path, name: str, text: str) -> None:
     _, end, after = rest.partition(f"<!-- {name}:end -->\n")
     if not begin or not end:
         raise ValueError(f"{readme} has no markers {name}:begin and {name}:end")
-    readme.write_text(f"{before}{begin}{text}\n{end}{after}", encoding="utf-8")
+    write_whole(readme, f"{before}{begin}{text}\n{end}{after}")
 
 
 def held(readme: Path, name: str) -> str:

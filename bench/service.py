@@ -34,6 +34,7 @@ import psutil
 import requests
 
 from bench import waiting_service
+from bench.files import end_of, json_option, write_report
 from container.get_vton import MODEL_HEIGHT, MODEL_WIDTH, Pictures, prepare
 from container.images import encode
 from container.settings import Settings
@@ -51,6 +52,7 @@ START_LIMIT_S = 120.0
 STOP_LIMIT_S = 40.0
 ANSWER_LIMIT_S = 600.0
 DEADLINE_S = "600"  # of the service: where others use the machine too, a picture shall be late, not refused
+PICTURE_S = click.FloatRange(0, ANSWER_LIMIT_S)
 JSON_HEADERS = [("Content-Type", "application/json")]
 OK = 200
 
@@ -200,7 +202,7 @@ def serving(cloud: LocalCloud, images: str, environ: Mapping[str, str], log: Pat
     """The serving process, ready, until the block ends.
 
     Raises:
-        RuntimeError: it ended or was not ready in time; the text names the log.
+        click.ClickException: it ended or was not ready in time; the text has the end of the log.
     """
     port = free_port()
     settings = {**container_environment(cloud, images), "VTON_DEADLINE_S": DEADLINE_S, **environ}
@@ -216,7 +218,7 @@ def serving(cloud: LocalCloud, images: str, environ: Mapping[str, str], log: Pat
         ends = time.monotonic() + START_LIMIT_S
         while not _is_well(service.url):
             if process.poll() is not None or time.monotonic() > ends:
-                raise RuntimeError(f"the service did not become ready: {log.read_text()[-2000:]}")
+                raise click.ClickException(f"the service did not become ready; its log ends with\n{end_of(log)}")
             time.sleep(0.1)
         yield service
     finally:
@@ -253,11 +255,14 @@ def machine() -> dict[str, Any]:
 @click.option("--engine", type=click.Choice(list(ENGINES)), default="waiting", show_default=True)
 @click.option("--seconds", type=click.FloatRange(0.5), default=20.0, show_default=True, help="Of each turn.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Turns of each.")
-@click.option("--picture-s", type=float, default=0.25, show_default=True, help="Seconds that the waiting engine waits.")
+@click.option(
+    "--picture-s", type=PICTURE_S, default=0.25, show_default=True, help="Seconds that the waiting engine waits."
+)
 @click.option("--steps", type=click.IntRange(1, 100), default=20, show_default=True, help="Of the embedded model.")
-@click.option("--json", "path", type=click.Path(path_type=Path), help="Also write the figures here, by engine.")
-def main(engine: str, seconds: float, rounds: int, picture_s: float, steps: int, path: Path | None) -> None:
+@json_option("Write the figures here too, beside those of the other engine.")
+def main(engine: str, seconds: float, rounds: int, picture_s: float, steps: int, json_path: Path | None) -> None:
     """Measure an engine alone and behind the service, in turns; print the throughput of both and their ratio."""
+    known = _known(json_path)
     about = {"engine": engine, **machine(), "seconds": seconds, "places": PLACES}
     about["picture_s" if engine == "waiting" else "steps"] = picture_s if engine == "waiting" else steps
     # As the service does, and before torch is imported: threads that spin for each other starve on shared cores.
@@ -269,9 +274,24 @@ def main(engine: str, seconds: float, rounds: int, picture_s: float, steps: int,
             figures = {**about, **asyncio.run(_measure(bare, service, seconds, rounds, steps))}
     figures["promised_ratio"] = PROMISED[engine]
     click.echo(_text(figures))
-    if path is not None:
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        path.write_text(json.dumps({**known, engine: figures}, indent=1) + "\n", encoding="utf-8")
+    write_report(json_path, {**known, engine: figures})
+
+
+def _known(path: Path | None) -> dict[str, Any]:
+    """What the file has so far.
+
+    Raises:
+        click.UsageError: it holds something else than figures.
+    """
+    if path is None or not path.is_file():
+        return {}
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise click.UsageError(f"{path} is no JSON: {exc}") from exc
+    if not isinstance(known, dict):
+        raise click.UsageError(f"{path} holds no figures by engine")
+    return known
 
 
 def _embedded() -> Engine:

@@ -15,6 +15,11 @@ _ATTENTION_OP = re.compile(r"aten::_scaled_dot_product_\w+$")
 _ATTENTION_KERNEL = re.compile(r"flash|fmha|attention|sdpa", re.IGNORECASE)
 
 
+def activities_on(device: torch.device) -> list[ProfilerActivity]:
+    """What every profile of a process records: torch's profiler never sees more than the first one asked for."""
+    return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+
+
 class Stopwatch:
     """Keeps the seconds of one picture.
 
@@ -79,10 +84,7 @@ class AttentionWitness(Stopwatch):
     @contextmanager
     def loop(self) -> Iterator[None]:
         """Watch the block."""
-        activities = [ProfilerActivity.CPU]
-        if self._device.type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
-        with profile(activities=activities, record_shapes=True) as seen:
+        with profile(activities=activities_on(self._device), record_shapes=True) as seen:
             yield
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)

@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from diffusers import DDIMScheduler
 
-from bench import pipeline
+from bench import arms, pipeline
 from bench.pipeline import Job, build_pipeline, main, step_flops
+from bench.recipes import MOST_STEPS
 from bench.sizes import random_modules
+from model.catvton import published
+from model.catvton.schedule import most_steps
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,6 +49,32 @@ def test_cuda_where_there_is_none_is_a_usage_error(monkeypatch: pytest.MonkeyPat
     done = CliRunner().invoke(main, ["--config", "tiny", "--device", "cuda"])
     assert done.exit_code == 2
     assert "no CUDA device is present" in done.output
+
+
+@pytest.mark.parametrize("comparing", [[], ["--compare"]])
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        (["--height", "100"], "100 is not a multiple of 8"),
+        (["--width", "12"], "12 is not a multiple of 8"),
+        (["--steps", "1000"], "not in the range 1<=x<=999"),
+    ],
+)
+def test_what_no_arm_could_draw_is_a_usage_error_before_anything_is_built(
+    monkeypatch: pytest.MonkeyPatch, comparing: list[str], option: list[str], text: str
+) -> None:
+    for module in (arms, pipeline):
+        monkeypatch.setattr(module, "random_modules", lambda _job: pytest.fail("built"))
+    done = CliRunner().invoke(main, ["--config", "tiny", "--device", "cpu", *comparing, *option])
+    assert done.exit_code == 2
+    assert text in done.output
+
+
+def test_the_most_steps_are_those_of_the_published_schedule() -> None:
+    scheduler = DDIMScheduler(**published.SCHEDULER_CONFIG)
+    assert most_steps(scheduler, "ddim") == MOST_STEPS
+    scheduler.set_timesteps(MOST_STEPS)
+    assert int(scheduler.timesteps[0]) < len(scheduler.alphas_cumprod)
 
 
 def test_on_cuda_the_modules_are_laid_out_as_served(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 
+import click
 import pytest
+import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from bench import coldstart
-from bench.coldstart import Arm, Start, main, prepare_pages, ratios, start, table, write_merged_weights, write_weights
+from bench.coldstart import (
+    Arm,
+    Start,
+    kept_weights,
+    main,
+    prepare_pages,
+    ratios,
+    start,
+    table,
+    write_merged_weights,
+    write_weights,
+)
 from bench.sizes import SIZES
 from model import load_engine
 from model.catvton import published
@@ -50,7 +64,7 @@ def test_the_three_ways_start_are_timed_by_stage_and_compared(tmp_path):
     warmed = {
         name: next(
             line
-            for line in map(json.loads, (kept / f"{name}-0.log").read_text().splitlines())
+            for line in map(json.loads, (kept / "tiny" / f"{name}-0.log").read_text().splitlines())
             if line["event"] == "warmed_up"
         )
         for name in report["arms"]
@@ -69,12 +83,45 @@ def test_the_weights_are_published_and_merged_and_make_a_picture_of_the_same_net
         assert load_engine("catvton", EngineOptions(folder, device="cpu")).name == "catvton/mix"
 
 
-def test_a_process_that_does_not_come_up_is_told_with_its_log(tmp_path):
-    log = tmp_path / "start.log"
+def test_kept_weights_are_those_of_the_configuration_that_is_asked_for(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(coldstart, "write_weights", lambda root, size: (root.mkdir(parents=True), written.append(size)))
+    monkeypatch.setattr(coldstart, "write_merged_weights", lambda *_: None)
+    monkeypatch.setattr(coldstart.weights, "verify", lambda *_: None)
+    kept = [kept_weights(tmp_path, config) for config in ("tiny", "sd15", "tiny", "sd15")]
+    assert kept == 2 * [tmp_path / "tiny", tmp_path / "sd15"]
+    assert written == [SIZES["tiny"], SIZES["sd15"]]
+
+
+def test_weights_whose_writing_was_cut_off_are_written_again(tmp_path, monkeypatch):
+    def cut_off(_separate, merged):
+        (merged / MERGED).parent.mkdir(parents=True)
+        (merged / MERGED).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(coldstart, "write_merged_weights", cut_off)
+        kept_weights(tmp_path, "tiny")
+    kept = kept_weights(tmp_path, "tiny")
+    assert load_file(kept / "merged" / MERGED)
+    assert list(tmp_path.iterdir()) == [kept]
+
+
+def test_a_process_that_does_not_come_up_is_told_with_the_end_of_its_log(tmp_path):
     arm = Arm("merged", coldstart.SERVE, tmp_path)
-    with pytest.raises(RuntimeError, match=f"exit status 2; see {log}"):
-        start(arm, {"VTON_BUKET": "a typing error"}, log)
-    assert "VTON_BUKET" in log.read_text()
+    with pytest.raises(click.ClickException, match=r"exit status 2; its log ends with\n(.*\n)*.*VTON_BUKET"):
+        start(arm, {"VTON_BUKET": "a typing error"}, tmp_path / "start.log")
+
+
+@pytest.mark.parametrize("damage", [None, b"damaged"])
+def test_a_start_that_fails_is_an_error_without_a_traceback(tmp_path, monkeypatch, damage):
+    monkeypatch.setattr(coldstart, "SERVE", (sys.executable, "-c", "raise SystemExit('no memory')"))
+    monkeypatch.setattr(coldstart, "BEFORE", coldstart.SERVE)
+    if damage is not None:
+        (kept_weights(tmp_path, "tiny") / "merged" / MERGED).write_bytes(damage)
+    done = CliRunner().invoke(main, ["--config", "tiny", "--device", "cpu", "--keep", str(tmp_path)])
+    assert (done.exit_code, type(done.exception)) == (1, SystemExit)
+    assert ("ends with\nno memory" if damage is None else MERGED) in done.output
 
 
 def test_the_process_is_not_held_back_by_this_ones_variables(tmp_path, monkeypatch):
@@ -114,8 +161,21 @@ def test_a_peak_that_the_system_does_not_tell_is_none_and_shown_as_such():
     assert "| peak rss | - | 1 MiB |" in shown
 
 
-@pytest.mark.parametrize("size", ["256", "256x", "x256", "wide"])
-def test_a_size_of_another_form_is_refused(size):
-    done = CliRunner().invoke(main, ["--config", "tiny", "--size", size])
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        *((["--size", size], "WIDTHxHEIGHT") for size in ("256", "256x", "x256", "wide")),
+        (["--size", "192x192"], "VTON_HEIGHT: Input should be greater than or equal to 256"),
+        (["--size", "2112x256"], "VTON_WIDTH: Input should be less than or equal to 2048"),
+        (["--size", "256x300"], "VTON_HEIGHT: Input should be a multiple of 64"),
+        (["--device", "cuda"], "no CUDA device is present"),
+        (["--device", "gpu"], "'gpu' is not one of"),
+        (["--dtype", "int8"], "'int8' is not one of"),
+    ],
+)
+def test_what_the_service_would_refuse_is_a_usage_error_before_anything_is_written(monkeypatch, options, text):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(coldstart, "write_weights", lambda *_: pytest.fail("written"))
+    done = CliRunner().invoke(main, ["--config", "tiny", *options])
     assert done.exit_code == 2
-    assert "WIDTHxHEIGHT" in done.output
+    assert text in " ".join(done.output.split())

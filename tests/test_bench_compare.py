@@ -2,28 +2,35 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
+import time
 from dataclasses import replace
 from datetime import date
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from torch.profiler import ProfilerActivity, profile
 
 from bench import arms as making
-from bench import compare, pipeline, record, surroundings
+from bench import compare, pipeline, record, stopwatch, surroundings
 from bench.arms import TIMED, make_arms, random_conditions
 from bench.baseline import Baseline, stock_unet
-from bench.compare import BASELINE, Arm, floor_of, ratio, rotated, spread
-from bench.memory import verdict
-from bench.pipeline import main
+from bench.compare import Arm, ratio, rotated, spread
+from bench.counters import Shapes
+from bench.pipeline import main, one_thread
 from bench.record import COMPARISON, DRIFT, HERE, held, put, tables
 from bench.sizes import LATENT_PX, SIZES, Job, random_modules
 from bench.stopwatch import AttentionWitness, Stopwatch
+from bench.verdicts import BASELINE, COMPILED_BASELINE, floor_of
 from model.catvton.pipeline import CatVTONPipeline
+from model.interface import BadPicture, OutOfMemory
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
@@ -33,9 +40,9 @@ OPTIONS = ["--compare", "--config", "tiny", "--device", "cpu", "--height", "64",
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """One comparison of two rounds with every arm that is not compiled."""
+    """One comparison of five rounds with every arm that is not compiled."""
     path = tmp_path_factory.mktemp("compare") / "report.json"
-    done = CliRunner().invoke(main, [*OPTIONS, "--rounds", "2", "--json", str(path)], catch_exceptions=False)
+    done = CliRunner().invoke(main, [*OPTIONS, "--rounds", "5", "--json", str(path)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     found = json.loads(path.read_text())
     assert all(f"\n{name} " in done.output for name in found["arms"])
@@ -77,7 +84,7 @@ TIMED_IN_ORDER = [
 
 def test_the_circumstances_are_told(report):
     assert set(TIMED_IN_ORDER) == set(TIMED)
-    assert (report["config"], report["device"], report["rounds"], report["warm_ups"]) == ("tiny", "cpu", 2, 3)
+    assert (report["config"], report["device"], report["rounds"], report["warm_ups"]) == ("tiny", "cpu", 5, 3)
     assert report["clock"] == "processor time"
     assert len(report["load_average"]) == 2
     assert report["floor"] is None
@@ -115,6 +122,15 @@ def test_the_operations_of_an_arm_are_those_of_its_recipe(report):
     assert flop["guided share 0.5"] == pytest.approx(0.75 * flop["exact"], rel=1e-2)
 
 
+def test_operations_are_counted_once_for_all_arms_of_one_recipe(monkeypatch, compilations):
+    counted, loop = [], Shapes.loop
+    monkeypatch.setattr(Shapes, "loop", lambda self, *what: counted.append(what) or loop(self, *what))
+    arms = list(make_arms(JOB, compiled=True))
+    assert (len(arms), len(counted)) == (13, 0)
+    assert all(one.count_tflop() > 0 for one in arms)
+    assert len(counted) == len(set(counted)) == 9  # the exact one, and those of TIMED
+
+
 def test_the_stock_unet_shares_every_weight():
     _, unet = random_modules(JOB)
     stock = stock_unet(unet)
@@ -139,12 +155,26 @@ def on_cuda(monkeypatch):
     conditions = random_conditions(JOB)
     monkeypatch.setattr(making, "random_modules", lambda _job: random_modules(JOB))
     monkeypatch.setattr(making, "random_conditions", lambda _job: conditions)
+    profiled_on_cuda(monkeypatch)
     return replace(JOB, device=CUDA)
+
+
+def profiled_on_cuda(monkeypatch):
+    """What is asked of each profile, none of which sees the CUDA that is not there."""
+    asked = []
+
+    def on_cpu(activities, **options):
+        asked.append(activities)
+        return profile(activities=activities[:1], **options)
+
+    for module in (making, stopwatch):
+        monkeypatch.setattr(module, "profile", on_cpu)
+    return asked
 
 
 def test_all_arms_of_a_compilation_are_there(compilations):
     names = [arm.name for arm in make_arms(JOB, compiled=True)]
-    plain = [BASELINE, f"{BASELINE}, compiled", "exact", "exact, compiled", f"{BASELINE}, our attention"]
+    plain = [BASELINE, COMPILED_BASELINE, "exact", "exact, compiled", f"{BASELINE}, our attention"]
     assert names == [*plain, *TIMED_IN_ORDER]
     assert len(compilations) == 2
 
@@ -198,8 +228,18 @@ def test_every_arm_on_cuda_has_its_layout_and_only_the_searching_ones_search(mon
 
 def test_a_switch_that_was_on_stays_on(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    making.CudnnSearch()(arm("a", 1, [])).draw(Stopwatch(CPU))
+    making.CudnnSearch(CPU)(arm("a", 1, [])).draw(Stopwatch(CPU))
     assert torch.backends.cudnn.benchmark is True
+
+
+def test_every_profile_of_a_process_sees_what_the_first_one_was_asked_for(monkeypatch):
+    asked = profiled_on_cuda(monkeypatch)
+    for name in ("synchronize", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _device: None)
+    making.CudnnSearch(CUDA)
+    with AttentionWitness(CUDA).loop():
+        pass
+    assert asked == [[ProfilerActivity.CPU, ProfilerActivity.CUDA]] * 2
 
 
 def test_the_attention_kernels_are_timed_in_the_first_call_of_the_exact_arm(monkeypatch, on_cuda):
@@ -232,7 +272,7 @@ def arm(name, seconds, calls):
             watch.loop_s = watch.whole_s = seconds
         return np.zeros((1, 2, 2, 3), np.uint8)
 
-    return Arm(name, 2, 1.0, exact=True, modules=(), draw=draw)
+    return Arm(name, 2, lambda: 1.0, exact=True, modules=(), draw=draw)
 
 
 def test_rounds_are_rotated_and_every_second_one_goes_backwards():
@@ -243,8 +283,8 @@ def test_rounds_are_rotated_and_every_second_one_goes_backwards():
 def test_each_arm_is_warmed_up_three_times_before_the_first_round():
     calls = []
     arms = [arm("a", 2, calls), arm("b", 1, calls)]
-    found = compare.compare(arms, CPU, rounds=3, limit_s=60)
-    assert "".join(calls) == "aaabbb" + "ab" + "ab" + "ab"
+    found = compare.compare(arms, CPU, rounds=5, limit_s=60)
+    assert "".join(calls) == "aaabbb" + 5 * "ab"
     assert found["arms"]["b"]["speedup"] == {"median": 2.0, "low": 2.0, "high": 2.0}
     assert found["arms"]["b"]["tflop_per_s"] == 1.0
 
@@ -254,12 +294,72 @@ def test_no_round_but_the_first_begins_after_the_limit():
     assert found["rounds"] == 1
 
 
+def test_warm_ups_take_nothing_from_the_time_for_rounds(monkeypatch):
+    calls = []  # of ten seconds each
+    clock = SimpleNamespace(monotonic=lambda: 10.0 * len(calls), perf_counter=time.perf_counter)
+    monkeypatch.setattr(compare, "time", clock)
+    assert compare.compare([arm("a", 1, calls)], CPU, rounds=50, limit_s=25)["rounds"] == 3
+
+
+def test_each_arm_is_told_of_as_soon_as_it_is_warm(capsys):
+    told, second = [], arm("b", 1, [])
+
+    def draw(watch):
+        told.append(capsys.readouterr().err)
+        return second.draw(watch)
+
+    others = [failing("c", BadPicture("not finite")), replace(second, draw=draw)]
+    compare.compare([arm("a", 1, []), *others], CPU, rounds=1, limit_s=60)
+    assert told[0].startswith("warmed up: a, first call 0.")
+    assert told[0].endswith("\nfailed: c: BadPicture: not finite\n")
+    assert told[3].startswith("warmed up: b, ")
+
+
+def test_the_report_of_the_rounds_so_far_is_handed_on_after_each():
+    kept = []
+    found = compare.compare([arm("a", 2, []), arm("b", 1, [])], CPU, rounds=6, limit_s=60, keep=kept.append)
+    assert [each["rounds"] for each in kept] == [1, 2, 3, 4, 5, 6]
+    assert [each["arms"]["b"]["speedup"]["median"] for each in kept] == 6 * [2]
+    assert kept[-1]["arms"] == found["arms"]
+
+
+def test_a_run_that_is_killed_leaves_the_rounds_that_it_had(tmp_path):
+    path = tmp_path / "report.json"
+    command = [sys.executable, "-m", "bench.pipeline", *OPTIONS, "--rounds", "100000", "--json", str(path)]
+    with subprocess.Popen(command, cwd=HERE.parent, stderr=subprocess.DEVNULL) as running:
+        ends = time.monotonic() + 200
+        while not path.exists() and running.poll() is None and time.monotonic() < ends:
+            time.sleep(0.05)
+        running.kill()
+    report = json.loads(path.read_text())
+    assert report["rounds"] >= 1
+    assert report["config"] == "tiny"
+    assert set(TIMED) < set(report["arms"])
+
+
 def test_ratios_are_of_the_same_round():
-    drifting = [1.0, 2.0, 4.0, 8.0]
+    drifting = [1.0, 2.0, 4.0, 8.0, 16.0]
     found = ratio(drifting, [each / 2 for each in drifting])
     assert (found.median, found.low, found.high) == (2, 2, 2)
     wide = ratio([1, 2, 3, 4, 5], [1] * 5)
     assert wide.low < wide.median == 3 < wide.high
+
+
+@pytest.mark.parametrize("rounds", [1, 4])
+def test_too_few_rounds_have_no_interval(report, rounds):
+    found = ratio([4.0] * rounds, [2.0] * rounds)
+    assert (found.median, found.low, found.high) == (2, None, None)
+    some = compare.compare([arm("a", 2, []), arm("b", 1, [])], CPU, rounds=rounds, limit_s=60)
+    assert " 2.000 (-) " in compare.terminal_table({**report, **some})
+    assert "| 2.00 (-) | 2.00 (-) |" in record.table(some)
+
+
+def test_where_the_baseline_was_compiled_arms_are_compared_with_that_as_well():
+    arms = [arm("a", 3, []), arm(COMPILED_BASELINE, 2, []), arm("b", 1, [])]
+    found = compare.compare(arms, CPU, rounds=5, limit_s=60)["arms"]
+    assert found["b"]["speedup_on_compiled"] == {"median": 2.0, "low": 2.0, "high": 2.0}
+    (alone,) = compare.compare(arms[:1], CPU, rounds=5, limit_s=60)["arms"].values()
+    assert "speedup_on_compiled" not in alone
 
 
 def test_a_spread_is_median_and_tenths():
@@ -286,25 +386,79 @@ def test_the_floor_is_that_of_the_gpu_by_its_name(report, name, peak, step):
     assert [line for line in shown if line.startswith("floor")] == ([f"floor: {peak} TFLOP/s{step}"] if floor else [])
 
 
-def failing(name, error):
-    def draw(_watch):
-        raise error
+def failing(name, error, *, after=0):
+    """An arm of one second that makes so many pictures first."""
+    calls = []
 
-    return Arm(name, 2, 1.0, exact=True, modules=(), draw=draw)
+    def draw(watch):
+        if len(calls) == after:
+            raise error
+        return arm(name, 1, calls).draw(watch)
+
+    return Arm(name, 2, lambda: 1.0, exact=True, modules=(), draw=draw)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("no compiler\nat all"), AssertionError("no compiler")])
-def test_an_arm_that_does_not_run_costs_no_other_its_figures(report, error):
-    arms = [arm("a", 2, []), failing("b", error), arm("c", 1, [])]
-    found = compare.compare(arms, CPU, rounds=2, limit_s=60)
-    assert list(found["arms"]) == ["a", "c"]
+FAILURES = [
+    RuntimeError("no compiler\nat all"),
+    AssertionError("no compiler"),
+    BadPicture("no compiler"),
+    OutOfMemory("no compiler"),
+    MemoryError("no compiler"),
+    ValueError("no compiler"),
+    IndexError("no compiler"),
+]
+
+
+@pytest.mark.parametrize("error", FAILURES)
+@pytest.mark.parametrize("after", [0, 2, 3, 4])
+def test_an_arm_that_fails_costs_no_other_its_figures(report, error, after):
+    arms = [arm("a", 2, []), failing("b", error, after=after), arm("c", 1, [])]
+    found = compare.compare(arms, CPU, rounds=3, limit_s=60)
+    assert (list(found["arms"]), found["rounds"]) == (["a", "c"], 3)
+    assert found["arms"]["c"]["speedup"]["median"] == 2
     assert found["failed"] == {"b": f"{type(error).__name__}: no compiler"}
     assert f"did not run: b: {type(error).__name__}: no compiler" in compare.terminal_table({**report, **found})
+
+
+def test_an_arm_whose_operations_cannot_be_counted_costs_no_other_its_figures():
+    uncounted = replace(arm("b", 1, []), count_tflop=lambda: {}["b"])
+    found = compare.compare([arm("a", 2, []), uncounted, arm("c", 1, [])], CPU, rounds=3, limit_s=60)
+    assert (list(found["arms"]), found["rounds"]) == (["a", "c"], 3)
+    assert found["failed"] == {"b": "KeyError: 'b'"}
+
+
+def test_arms_that_cannot_make_a_picture_of_the_size_are_left_out_and_told_of(tmp_path):
+    path = tmp_path / "report.json"
+    options = [*OPTIONS, "--height", "72", "--rounds", "1", "--json", str(path)]
+    done = CliRunner().invoke(main, options)
+    assert (done.exit_code, type(done.exception)) == (1, SystemExit)
+    found = json.loads(path.read_text())
+    halving = {"person-only unconditional", "garment interval 2", "guided share 0.5, person-only"}
+    assert set(found["failed"]) == halving
+    assert set(found["arms"]) == {BASELINE, "exact", f"{BASELINE}, our attention", *TIMED} - halving
+    assert all("halved" in why for why in found["failed"].values())
+    assert "Error: did not run: person-only unconditional" in done.output
 
 
 def test_without_the_baseline_there_is_no_comparison():
     with pytest.raises(RuntimeError, match="no"):
         compare.compare([failing("a", RuntimeError("no")), arm("b", 1, [])], CPU, rounds=1, limit_s=60)
+
+
+def test_a_baseline_that_fails_later_ends_the_comparison_with_the_rounds_before_it_kept():
+    kept = []
+    arms = [failing("a", BadPicture("no"), after=5), arm("b", 1, [])]
+    with pytest.raises(BadPicture):
+        compare.compare(arms, CPU, rounds=9, limit_s=60, keep=kept.append)
+    assert [each["rounds"] for each in kept] == [1, 2]
+
+
+def test_a_lost_device_costs_no_arm_the_rounds_before():
+    kept = []
+    arms = [arm("a", 1, []), failing("b", RuntimeError("CUDA error: unspecified launch failure"), after=5)]
+    with pytest.raises(RuntimeError, match="unspecified"):
+        compare.compare(arms, CPU, rounds=9, limit_s=60, keep=kept.append)
+    assert [list(each["arms"]) for each in kept] == 2 * [["a", "b"]]
 
 
 def test_what_did_not_run_is_told_by_the_exit_status_after_the_rest_was_kept(monkeypatch, report, tmp_path):
@@ -366,33 +520,11 @@ def test_the_peak_is_that_of_the_arm_alone_and_of_a_call_that_is_not_its_first(c
         watch.loop_s = watch.whole_s = 1.0
         return np.zeros((1, 2, 2, 3), np.uint8)
 
-    only = Arm("exact", 2, 1.0, exact=True, modules=(weights,), draw=draw)
+    only = Arm("exact", 2, lambda: 1.0, exact=True, modules=(weights,), draw=draw)
     figures = compare.compare([only], CUDA, rounds=1, limit_s=60)["arms"]["exact"]
     assert figures["peak_memory_bytes"] == 200 + 100 + 500
     assert figures["peak_reserved_bytes"] == 200 + 100 + 550
     assert compare.peak_text({"peak_memory_bytes": 3 * 2**20, "peak_reserved_bytes": 4 * 2**20}) == "3 / 4"
-
-
-@pytest.mark.parametrize(
-    ("reserved", "changed", "said"),
-    [
-        (4_500_000_000, {}, "at most 4.5 GB holds"),
-        (4_500_000_001, {}, "at most 4.5 GB is BROKEN"),
-        (4_500_000_000, {"dtype": "float32"}, None),
-        (4_500_000_000, {"height": 512}, None),
-        (None, {}, None),
-    ],
-)
-def test_whether_exact_mode_keeps_to_its_memory_is_told(report, reserved, changed, said):
-    peaks = {"peak_memory_bytes": reserved and 3_000_000_000, "peak_reserved_bytes": reserved}
-    published = {"config": "sd15", "dtype": "float16", "height": 1024, "width": 768}
-    found = {**report, **published, **changed, "arms": {"exact": {**report["arms"]["exact"], **peaks}}}
-    if said is None:
-        assert verdict(found) is None
-        assert "GB" not in compare.terminal_table(found)
-    else:
-        assert verdict(found).endswith(said)
-        assert f"\n{verdict(found)}\n" in compare.terminal_table(found)
 
 
 @pytest.mark.parametrize("triton", ["3.3.1", None])
@@ -505,8 +637,73 @@ def test_record_writes_beside_the_bench(monkeypatch, report, root):
     assert "kept in kept.json" in done.output
 
 
+def test_rounds_are_recorded_as_they_come_once_they_are_enough(monkeypatch, report):
+    written = []
+    monkeypatch.setattr(pipeline, "record", lambda figures, day: written.append((figures["rounds"], day)))
+    for rounds in range(1, 8):
+        pipeline.keep({**report, "rounds": rounds}, None, date(2026, 11, 21))
+    assert written == [(rounds, date(2026, 11, 21)) for rounds in (5, 6, 7)]
+
+
+def test_a_report_that_cannot_be_written_costs_neither_table_nor_rounds_nor_recording(monkeypatch, report, tmp_path):
+    folder, rounds = tmp_path / "folder", []
+
+    def run_in_a_folder_that_goes(job, *, keep, **_):
+        folder.rmdir()
+        for count in range(1, 8):
+            keep({**report, "rounds": count})
+            rounds.append(count)
+        return report
+
+    folder.mkdir()
+    monkeypatch.setattr(pipeline, "run", run_in_a_folder_that_goes)
+    monkeypatch.setattr(pipeline, "record", lambda *_: Path("kept.json"))
+    done = CliRunner().invoke(main, [*OPTIONS, "--record", "--json", str(folder / "report.json")])
+    assert (done.exit_code, type(done.exception)) == (1, SystemExit)
+    assert rounds == [1, 2, 3, 4, 5, 6, 7]
+    assert "\nexact " in done.output
+    assert "\nkept in kept.json\n" in done.output
+    assert f"Error: {folder / 'report.json'} cannot be written: No such file or directory\n" in done.output
+
+
+def test_a_recording_that_fails_costs_neither_table_nor_report(monkeypatch, report, tmp_path):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "report.json"
+    monkeypatch.setattr(pipeline, "run", lambda job, **_: report)
+    monkeypatch.setattr(pipeline, "record", full)
+    done = CliRunner().invoke(main, [*OPTIONS, "--record", "--json", str(path)])
+    assert (done.exit_code, type(done.exception)) == (1, SystemExit)
+    assert "Error: not recorded: [Errno 28] No space left on device\n" in done.output
+    assert json.loads(path.read_text())["rounds"] == 5
+
+
+def test_too_few_rounds_are_not_recorded_but_written(monkeypatch, report, tmp_path):
+    path = tmp_path / "report.json"
+    monkeypatch.setattr(pipeline, "run", lambda job, **_: {**report, "rounds": 4})
+    monkeypatch.setattr(pipeline, "record", lambda *_: pytest.fail("recorded"))
+    done = CliRunner().invoke(main, [*OPTIONS, "--record", "--json", str(path)])
+    assert done.exit_code == 1
+    assert done.output.endswith("Error: not recorded: 4 rounds give no interval, 5 do\n")
+    assert json.loads(path.read_text())["rounds"] == 4
+
+
 @pytest.mark.parametrize("option", ["--compile", "--record"])
 def test_what_goes_with_a_comparison_is_refused_without(option):
     done = CliRunner().invoke(main, ["--config", "tiny", "--device", "cpu", option])
     assert done.exit_code == 2
     assert "--compare" in done.output
+
+
+def test_a_cpu_is_compared_on_one_thread_and_gets_the_others_back() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with one_thread(CPU):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+        with one_thread(CUDA):
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from bench import masker as bench
@@ -33,3 +34,18 @@ def test_every_stage_is_printed_and_written(quick, tmp_path):
     figures = json.loads((tmp_path / "m.json").read_text())
     assert {f"{stage}_s" for stage in stages} <= set(figures)
     assert (figures["width"], figures["height"], figures["weights"]) == (768, 1024, "random")
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--device", "cuda"], "no CUDA device is present"),
+        (["--device", "cpu", "--weights", "nowhere"], "nowhere"),
+        (["--device", "cpu", "--photo", __file__], "cannot identify image file"),
+    ],
+)
+def test_what_cannot_be_masked_is_a_usage_error(quick, monkeypatch, options, text):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = CliRunner().invoke(bench.main, options)
+    assert (done.exit_code, type(done.exception)) == (2, SystemExit)
+    assert text in done.output

@@ -175,6 +175,7 @@ def test_the_command_prints_a_table_and_writes_figures_and_sheet(tmp_path, monke
         (["--seed", "7"], "1000000<=x<=1009999"),
         (["--pairs", "3", "--seed", "1009998"], "seeds must lie"),
         (["--pairs", "1", "--weights", "nowhere"], "nowhere"),
+        (["--steps", "1000"], "1<=x<=999"),
     ],
 )
 def test_what_cannot_be_judged_is_a_usage_error(options, text) -> None:

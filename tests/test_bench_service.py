@@ -3,10 +3,11 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack, contextmanager
 
+import click
 import pytest
 from click.testing import CliRunner
 
-from bench import load, service
+from bench import load, ping, service
 from bench.service import OK, Answer, goodput
 
 PICTURE_S = "0.05"
@@ -83,6 +84,40 @@ def test_the_service_without_a_waiting_engine_is_the_one_that_is_deployed():
 def test_a_level_that_is_no_share_is_a_usage_error(levels):
     done = CliRunner().invoke(load.main, ["--levels", levels])
     assert (done.exit_code, type(done.exception)) == (2, SystemExit)
+
+
+@pytest.mark.parametrize("bench", [load, service])
+@pytest.mark.parametrize("seconds", ["-1", "601", "long"])
+def test_a_picture_takes_between_nothing_and_what_the_client_waits(bench, seconds):
+    done = CliRunner().invoke(bench.main, ["--picture-s", seconds])
+    assert (done.exit_code, type(done.exception)) == (2, SystemExit)
+    assert "'--picture-s'" in done.output
+
+
+@pytest.mark.parametrize("option", [["--seconds", "0"], ["--steps", "0"], ["--steps", "101"]])
+def test_pings_are_asked_for_in_the_ranges_that_the_service_has(option):
+    done = CliRunner().invoke(ping.main, option)
+    assert (done.exit_code, type(done.exception)) == (2, SystemExit)
+    assert f"'{option[0]}'" in done.output
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "figures"])
+def test_a_file_that_holds_something_else_is_refused_before_it_is_measured(monkeypatch, tmp_path, text):
+    monkeypatch.setattr(service, "surroundings", lambda: pytest.fail("measured"))
+    path = tmp_path / "service.json"
+    path.write_text(text)
+    done = CliRunner().invoke(service.main, ["--json", str(path)])
+    assert (done.exit_code, type(done.exception)) == (2, SystemExit)
+    assert str(path) in done.output
+    assert path.read_text() == text
+
+
+def test_a_service_that_does_not_start_is_told_of_with_the_end_of_its_log(stage, tmp_path):
+    cloud, images, _ = stage
+    environ = {**service.engine_environment("waiting", 1.0, steps=1), "VTON_STEPS": "many"}
+    serving = service.serving(cloud, images, environ, tmp_path / "serve.log")
+    with pytest.raises(click.ClickException, match="VTON_STEPS"), serving:
+        pass
 
 
 # --- figures
