@@ -1,8 +1,8 @@
 # syntax=docker/dockerfile:1
 # hadolint global ignore=DL3006
 # The endpoint's image. Targets: `sagemaker` (the default) reads its weights from /opt/ml/model; `compiled` is the same with
-# what VTON_COMPILE needs; `baked` carries the weights of the build context `weights`; `runpod` too, and is RunPod's worker. torch's wheels bring every CUDA library,
-# so the `base` image of CUDA is enough.
+# what VTON_COMPILE needs; `baked` carries the weights of the build context `weights`; `runpod` too, and is RunPod's worker.
+# torch's wheels bring every CUDA library, so the `base` image of CUDA is enough.
 # The tags are here, where hadolint does not look for them.
 ARG BASE=nvidia/cuda:11.8.0-base-ubuntu22.04
 ARG UV_IMAGE=ghcr.io/astral-sh/uv:0.13.8
@@ -69,12 +69,14 @@ COPY --from=code /opt/app /opt/app
 FROM scratch AS compilations
 
 FROM sagemaker AS compiled
-# The headers are for a Python of the base's own; that of uv brings its own.
+# The headers are for a Python of the base's own; that of uv brings its own. torch's C++ headers would be compiled ahead
+# into 150 MB of /tmp at each start, for kernels that run on the CPU.
 # hadolint ignore=DL3008
 RUN --mount=type=cache,target=/var/cache/apt --mount=type=cache,target=/var/lib/apt \
     apt-get update && apt-get install --yes --no-install-recommends g++ libpython3-dev
 ENV VTON_COMPILE=inductor \
-    TORCHINDUCTOR_CACHE_DIR=/opt/compilations/inductor TRITON_CACHE_DIR=/opt/compilations/triton
+    TORCHINDUCTOR_CACHE_DIR=/opt/compilations/inductor TRITON_CACHE_DIR=/opt/compilations/triton \
+    TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS=0
 COPY --from=compilations / /opt/compilations
 
 FROM code AS verified

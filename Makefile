@@ -3,7 +3,8 @@ SHELL := /bin/sh
 PYTHON := .venv/bin/python
 NEWEST := .venv-newest/bin/python
 
-.PHONY: install demo test test-newest test-page fault load check bench gpu image image-test synth lock clean
+.PHONY: install demo test test-newest test-page fault load check bench gpu gpu-wheels gpu-offline gpu-bench gpu-test \
+	image image-test synth lock clean
 
 install: .venv/installed
 
@@ -49,12 +50,31 @@ check: install
 bench: install
 	$(PYTHON) -m bench.pipeline --config tiny --device cpu
 
-# The measurement comes first, and the tests come whatever became of it.
+# The measurement comes first, and the tests come whatever became of it. GPU_JSON names a file for the report.
+GPU_STEPS := gpu-bench gpu-test
 gpu: install
-	status=0; \
-	$(PYTHON) -m bench.pipeline --compare --compile --config sd15 --device cuda --record || status=1; \
-	$(PYTHON) -m pytest -m gpu || status=1; \
-	exit $$status
+	$(MAKE) --keep-going --jobs=1 $(GPU_STEPS)
+
+# For a machine without network, whose python3 (of GPU_PYTHON, on x86_64) has torch, accelerate, transformers and pytest.
+GPU_PYTHON := 3.12
+GPU_WHEELS := annotated-types diffusers pydantic pydantic-core typing-extensions typing-inspection
+gpu-wheels: install
+	rm -rf .wheels
+	$(PYTHON) -m pip download --quiet --dest .wheels --constraint requirements/newest.txt --no-deps \
+		--only-binary=:all: --implementation cp --python-version $(GPU_PYTHON) --platform manylinux_2_28_x86_64 \
+		--platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 $(GPU_WHEELS)
+
+# There, beside .wheels. Wants no more than python3, and installs nothing outside of this folder.
+gpu-offline:
+	python3 -m pip install --quiet --no-index --no-deps --upgrade --target .wheels/site .wheels/*.whl
+	PYTHONPATH=$(CURDIR)/.wheels/site $(MAKE) --keep-going --jobs=1 PYTHON=python3 $(GPU_STEPS)
+
+# The two steps of both; `make gpu GPU_STEPS=gpu-test` takes one of them.
+gpu-bench:
+	$(PYTHON) -m bench.pipeline --compare --compile --config sd15 --device cuda --limit-s 180 --record $(GPU_JSON:%=--json %)
+
+gpu-test:  # other versions than those of the lists may warn; what conftest.py prepares takes the whole service
+	$(PYTHON) -m pytest -m gpu --noconftest --override-ini filterwarnings=default $$(grep -l pytest.mark.gpu tests/*.py)
 
 image:
 	docker build --target sagemaker --tag vton-endpoint .
@@ -75,4 +95,4 @@ lock: .venv-lock/bin/uv
 	.venv-lock/bin/python -m pip install --quiet uv
 
 clean:
-	rm -rf .venv .venv-newest .venv-lock vton_output cdk.out *.egg-info
+	rm -rf .venv .venv-newest .venv-lock .wheels vton_output cdk.out *.egg-info

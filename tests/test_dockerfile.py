@@ -210,7 +210,7 @@ def start(entrypoint, *arguments):
     process = subprocess.Popen(
         [entrypoint, *arguments], env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    said, refused = process.communicate(timeout=10)
+    said, refused = process.communicate(timeout=60)
     return process, said, refused
 
 

@@ -279,7 +279,7 @@ def test_no_build_tools_no_caches_and_nothing_but_the_service_are_in_the_image(s
 def test_what_is_compiled_is_kept_where_the_image_for_it_says_and_found_again(compiled, tmp_path):
     probe = Image({**compiled.config, "Entrypoint": ["python", "-c", COMPILES]}, compiled.root)
     found = [ended(probe, [""], {}, tmp_path, writable=True) for _ in range(2)]
-    assert [(status, said.split()[-1]) for status, said in found] == [(0, "0"), (0, "1")], found
+    assert [(status, said.split()[-1]) for status, said in found] == [(0, "0"), (0, "1")], "\n".join(found[0][1:])
     assert list((compiled.root / "opt/compilations/inductor").iterdir())
     assert compiled.environment()["VTON_COMPILE"] == "inductor"
 

@@ -3,6 +3,7 @@
 # deployed, only its build arguments differ: the base is a Debian, Python is Debian's, torch is a CPU build.
 # Usage, as root: tests/image/run.sh [FOLDER]      (the base and torch of another time are taken from FOLDER, which grows)
 set -eu
+NEEDED_GB=45
 [ "$(id -u)" = 0 ] || { echo "image-test: building and running images without an engine takes root" >&2; exit 77; }
 if [ $# -gt 0 ]; then work=$(realpath -m "$1"); else work=$(mktemp -d); fi
 cleanup() {
@@ -13,11 +14,17 @@ index= keep=no
 [ $# -eq 0 ] || keep=yes
 trap cleanup EXIT
 trap 'exit 130' INT TERM
+mkdir -p "$work/tmp"
+free=$(df --output=avail --block-size=G "$work" | tail -n 1 | tr -dc 0-9)
+# Every layer is a whole copy there.
+[ $# -gt 0 ] || [ "$free" -ge "$NEEDED_GB" ] || {
+    echo "image-test: takes $NEEDED_GB GB of disk, and $work has $free" >&2
+    exit 75
+}
 uv=.venv-lock/bin/uv
 TORCH=${TORCH:-2.13.0+cpu}
 export DEBIAN_FRONTEND=noninteractive BUILDAH_ISOLATION=chroot BUILDAH_FORMAT=docker TMPDIR="$work/tmp"
 export CONTAINERS_STORAGE_CONF="$work/storage.conf"
-mkdir -p "$work/tmp"
 printf '[storage]\ndriver = "vfs"\ngraphroot = "%s/images"\nrunroot = "%s/run"\n' "$work" "$work" >"$CONTAINERS_STORAGE_CONF"
 printf '{"default": [{"type": "insecureAcceptAnything"}]}\n' >"$work/policy.json" # of signatures: these images are made here
 
