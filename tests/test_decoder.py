@@ -127,7 +127,7 @@ def processes_of(decoder):
     return [psutil.Process(child._process.pid) for child in decoder._children]
 
 
-def wait_until(happened, seconds=20.0):
+def wait_until(happened, seconds=60.0):
     ends = time.monotonic() + seconds
     while time.monotonic() < ends:
         found = happened()
@@ -225,7 +225,7 @@ def test_pictures_of_many_requests_at_once_are_each_their_own(decoder):
 
 
 def test_two_pictures_are_decoded_side_by_side():
-    code = "time.sleep(1.5)"
+    code = "time.sleep(5)"
     with running(Probe(2)) as decoder, ThreadPoolExecutor(2) as pool:
         for _ in range(2):
             inside(decoder, "said = 1")
@@ -233,7 +233,7 @@ def test_two_pictures_are_decoded_side_by_side():
         began = time.monotonic()
         list(pool.map(lambda _: inside(decoder, code), range(2)))
         both_s = time.monotonic() - began
-    assert both_s < 2.9
+    assert both_s < 9
 
 
 # --- what can be done inside
@@ -459,12 +459,28 @@ def test_a_process_that_is_killed_with_a_picture_in_hand_costs_only_that(probe, 
     busy = b"while time.process_time() < 0.5: pass\ntime.sleep(60)"
     with ThreadPoolExecutor(1) as pool:
         under_way = pool.submit(probe.decode, busy, soon())
-        fork = wait_until(lambda: [child for child in process.children() if sum(child.cpu_times()[:2]) > 0.3])[0]
+        fork = wait_until(lambda: busy_fork_of(process))
         (process if master else fork).kill()
         with pytest.raises(ImageNotDecodable):
             under_way.result(15)
-    wait_until(lambda: not fork.is_running() or fork.status() == psutil.STATUS_ZOMBIE)
+    wait_until(lambda: has_ended(fork))
     assert inside(probe, "said = 4") == 4
+
+
+def busy_fork_of(process):
+    """The fork that has worked for 0.3 s; the one before it may end while it is looked at."""
+    for child in process.children():
+        with suppress(psutil.NoSuchProcess):
+            if sum(child.cpu_times()[:2]) > 0.3:
+                return child
+    return None
+
+
+def has_ended(process):
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def test_a_process_that_dies_without_a_picture_is_replaced_and_nobody_notices(probe):
@@ -562,11 +578,11 @@ with tests.capture_logs(), tests.running(tests.Probe()) as running:
             running.decode(code, tests.soon())
         except tests.ImageNotDecodable:
             assert tests.inside(running, "said = 1") == 1
-    print([child.status() for child in psutil.Process().children() if child.status() == "zombie"])
-print(psutil.Process().children())
+    tests.wait_until(lambda: not tests.zombies_of(psutil.Process()))  # of a fork that ends there is one for a moment
+tests.wait_until(lambda: not psutil.Process().children())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout.splitlines() == ["[]", "[]"], done.stderr
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_processes_end_with_the_service():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFile, PngImagePlugin
+from PIL import Image, ImageFile, PngImagePlugin, WebPImagePlugin
 
 from container import images
 from container.errors import (
@@ -279,7 +279,7 @@ def test_a_bomb_is_refused_by_its_header_alone(size):
     began = time.process_time()
     with pytest.raises(ImageTooManyPixels):
         decode(png_claiming(*size))
-    assert time.process_time() - began < 0.1
+    assert time.process_time() - began < 1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10_000  # KiB
 
 
@@ -523,12 +523,13 @@ def moving(file_format, frames):
 
 
 @pytest.mark.parametrize(("file_format", "frames"), [("WEBP", 4), ("WEBP", 500), ("PNG", 4)])
-def test_a_moving_picture_is_refused_before_its_frames_are_decoded(file_format, frames):
-    content = moving(file_format, frames)
-    began = time.process_time()
+def test_a_moving_picture_is_refused_before_its_frames_are_decoded(monkeypatch, file_format, frames):
+    content, decoded = moving(file_format, frames), []
+    for kind in (WebPImagePlugin.WebPImageFile, PngImagePlugin.PngImageFile):
+        monkeypatch.setattr(kind, "load", decoded.append)
     with pytest.raises(ImageFormatNotPermitted):
         decode(content)
-    assert time.process_time() - began < 0.2
+    assert decoded == []
 
 
 def test_a_phones_jpeg_with_a_preview_behind_it_is_a_still_picture():

@@ -113,18 +113,19 @@ def test_vton_serve_becomes_ready_and_stops(tmp_path):
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen([str(vton), *shlex.split(command("vton serve"))[1:]], env=environ, stderr=log)
     try:
-        ends, status = time.monotonic() + 60, 0
+        ends, status = time.monotonic() + 180, 0
         while status != 200 and time.monotonic() < ends:
             time.sleep(0.1)
             try:
-                status = requests.get(f"http://127.0.0.1:{port}/ping", timeout=2).status_code
+                status = requests.get(f"http://127.0.0.1:{port}/ping", timeout=30).status_code
             except requests.exceptions.ConnectionError:
                 continue
         assert status == 200
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
+        process.wait(10)
 
 
 def test_vton_local_serves_until_it_is_told_to_stop(tmp_path):

@@ -280,9 +280,10 @@ def start(
 
 def _memory_of(process: psutil.Process) -> int:
     try:
-        return int(process.memory_full_info().pss)
-    except psutil.AccessDenied:  # a decoder lets only root look
-        return int(process.memory_info().rss)
+        try:
+            return int(process.memory_full_info().pss)
+        except psutil.AccessDenied:  # a decoder lets only root look
+            return int(process.memory_info().rss)
     except psutil.NoSuchProcess:
         return 0
 
