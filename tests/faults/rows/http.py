@@ -191,7 +191,7 @@ def client_leaves(stage: Stage) -> str:
     service, since = stage.service, stage.service.log_size()
     fields = stage.fields()
     body = json.dumps(fields).encode()
-    with service.pace(0.3), socket.create_connection(("127.0.0.1", service.port)) as connection:
+    with service.pace(2), socket.create_connection(("127.0.0.1", service.port)) as connection:
         connection.sendall(head(len(body)) + body)
         service.wait_for("vton_in_flight", 1)
         connection.close()

@@ -66,13 +66,13 @@ def ping_answers_always(stage: Stage) -> str:
     told = [_in_time("loading", [ping for ping in service.pings if ping[0]], {503, 200})]
     with ThreadPoolExecutor(JOBS) as pool:
         with pinging(service.port) as pings:
-            jobs = [pool.submit(stage.ask, service, num_inference_steps=10) for _ in range(JOBS)]
+            jobs = [pool.submit(stage.ask, service, num_inference_steps=30) for _ in range(JOBS)]
             service.wait_for("vton_in_flight", JOBS)
-            storm = [stage.ask(service, num_inference_steps=10)]  # before the first of them is done
+            storm = [stage.ask(service, num_inference_steps=30)]  # before the first of them is done
             time.sleep(1)
         told.append(_in_time("8 jobs", pings, {200}))
         with pinging(service.port) as pings:
-            storm += [stage.ask(service, num_inference_steps=10) for _ in range(100) if not jobs[-1].done()]
+            storm += [stage.ask(service, num_inference_steps=30) for _ in range(100) if not jobs[-1].done()]
         told.append(_in_time("429 storm", pings, {200}))
         for job in jobs:
             job.result().done()
