@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from typing import Callable
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from container.colours import ToSRGB, as_stored, to_srgb
 from container.errors import (
     ImageFormatNotPermitted,
     ImageNotDecodable,
@@ -39,6 +41,18 @@ UPRIGHT = {  # orientation -> what undoes it
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # colour type -> samples of a pixel
+PALETTE = 3  # the colour type
+ADAM7 = (
+    (0, 0, 8, 8),
+    (4, 0, 8, 8),
+    (0, 4, 4, 8),
+    (2, 0, 4, 4),
+    (0, 2, 2, 4),
+    (1, 0, 2, 2),
+    (0, 1, 1, 2),
+)  # x, y, steps
+PIECE_BYTES = 2**14  # of a PNG, inflated at a time: to 17 MB at most
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 SIGNATURES = {b"\xff\xd8\xff": "JPEG", PNG_SIGNATURE: "PNG"}
 OTHER_FORMATS = (
@@ -52,6 +66,7 @@ OTHER_FORMATS = (
     b"\x00\x00\x00\x0cjP",
     b"<svg",
 )
+MAX_WEBP_SIDE = 16_383  # px, of the format
 FILE_OF: dict[str, tuple[str, str]] = {  # output_format -> suffix, content type
     "jpeg": ("jpg", "image/jpeg"),
     "png": ("png", "image/png"),
@@ -60,7 +75,7 @@ FILE_OF: dict[str, tuple[str, str]] = {  # output_format -> suffix, content type
 
 
 def decode(content: bytes, background: int = WHITE) -> Pixels:
-    """The picture in an image file, upright and without alpha.
+    """The picture in an image file, upright, without alpha, its colours in sRGB.
 
     Args:
         content: of a JPEG, PNG or WebP file, told by its content.
@@ -70,6 +85,22 @@ def decode(content: bytes, background: int = WHITE) -> Pixels:
     Raises:
         ImageFormatNotPermitted, ImageNotDecodable, ImageTooSmall, ImageTooManyPixels.
     """
+    return _decode(content, background, to_srgb)
+
+
+def decode_mask(content: bytes) -> Pixels:
+    """The grey levels of a mask file as they are stored; what is transparent is black, that is, kept.
+
+    Returns:
+        HW uint8.
+    Raises:
+        What `decode` raises.
+    """
+    levels = _decode(content, BLACK, lambda profile, mode: as_stored)
+    return np.asarray(Image.fromarray(levels).convert("L"))
+
+
+def _decode(content: bytes, background: int, managed: Callable[[bytes | None, str], ToSRGB]) -> Pixels:
     name = _format_of(content)
     if name == "PNG" and max(struct.unpack(">II", content[16:24].ljust(8, b"\0"))) > MAX_SIDE:
         raise ImageNotDecodable("a damaged header")
@@ -84,22 +115,12 @@ def decode(content: bytes, background: int = WHITE) -> Pixels:
             opened.load()
             if name == "PNG":
                 _rescale_key(opened, depth=content[24])
-            return _flatten(_upright(opened), background)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, struct.error, OverflowError) as exc:
+            srgb = managed(opened.info.get("icc_profile"), opened.mode)
+            return _flatten(_upright(opened), background, srgb)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, struct.error, zlib.error, OverflowError) as exc:
         raise ImageNotDecodable(f"{name}: {type(exc).__name__}") from exc
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as exc:
         raise ImageTooManyPixels(type(exc).__name__) from exc
-
-
-def decode_mask(content: bytes) -> Pixels:
-    """The grey levels of a mask file; what is transparent is black, that is, kept.
-
-    Returns:
-        HW uint8.
-    Raises:
-        What `decode` raises.
-    """
-    return np.asarray(Image.fromarray(decode(content, background=BLACK)).convert("L"))
 
 
 def encode(image: Pixels, output_format: str, quality: int) -> bytes:
@@ -157,14 +178,34 @@ def _check_proportion(pixels: int, most_for_its_bytes: int) -> None:
 
 
 def _check_chunks(content: bytes) -> None:
-    """Refuses a PNG whose pixels could be read but whose checksums are wrong or whose end is missing."""
-    at, kind = len(PNG_SIGNATURE), b""
+    """Refuses a PNG whose checksums are wrong, or whose end, palette or rows are missing, all of which Pillow bears."""
+    at, kind, kinds, missing = len(PNG_SIGNATURE), b"", set(), _bytes_of_rows(content)
+    inflate = zlib.decompressobj()
     while kind != b"IEND":
         length, kind = struct.unpack_from(">I4s", content, at)
         (checksum,) = struct.unpack_from(">I", content, at + 8 + length)
         if checksum != zlib.crc32(content[at + 4 : at + 8 + length]):
             raise ImageNotDecodable("a chunk's checksum is wrong")
+        kinds.add(kind)
+        if kind == b"IDAT":
+            for piece in range(at + 8, at + 8 + length, PIECE_BYTES):
+                if missing > 0:
+                    missing -= len(inflate.decompress(content[piece : min(piece + PIECE_BYTES, at + 8 + length)]))
         at += 12 + length
+    if missing > 0:
+        raise ImageNotDecodable("rows are missing")
+    if content[25] == PALETTE and b"PLTE" not in kinds:
+        raise ImageNotDecodable("the palette is missing")
+
+
+def _bytes_of_rows(content: bytes) -> int:
+    """How many bytes a PNG's header says that there are to be inflated: each row, and its filter before it."""
+    width, height, depth, colour_type, _, _, interlaced = struct.unpack_from(">IIBBBBB", content, 16)
+    bits = depth * PNG_CHANNELS.get(colour_type, 1)
+    passes = [(width, height)]
+    if interlaced:
+        passes = [(-(-(width - x) // across), -(-(height - y) // down)) for x, y, across, down in ADAM7]
+    return sum(rows * (1 + (columns * bits + 7) // 8) for columns, rows in passes)
 
 
 def _upright(picture: Image.Image) -> Image.Image:
@@ -183,16 +224,16 @@ def _rescale_key(picture: Image.Image, depth: int) -> None:
         picture.info["transparency"] = tuple(level >> 8 for level in key)
 
 
-def _flatten(picture: Image.Image, background: int) -> Pixels:
+def _flatten(picture: Image.Image, background: int, srgb: ToSRGB) -> Pixels:
     """RGB of any mode, what is transparent on the background."""
     pixels = np.empty((picture.height, picture.width, 3), np.uint8)
     for top in range(0, picture.height, BAND_ROWS):
         bottom = min(top + BAND_ROWS, picture.height)
-        pixels[top:bottom] = _rgb(picture.crop((0, top, picture.width, bottom)), background)
+        pixels[top:bottom] = _rgb(picture.crop((0, top, picture.width, bottom)), background, srgb)
     return pixels
 
 
-def _rgb(picture: Image.Image, background: int) -> Pixels:
+def _rgb(picture: Image.Image, background: int, srgb: ToSRGB) -> Pixels:
     if picture.mode.startswith("I"):  # 16-bit grey is scaled, not clipped
         deep = np.asarray(picture)
         grey = ((deep.astype(np.uint32) + 128) // 257).astype(np.uint8)
@@ -200,7 +241,10 @@ def _rgb(picture: Image.Image, background: int) -> Pixels:
         return np.repeat(grey[..., None], 3, axis=2)
     if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
         layer = picture.convert("RGBA")
+        alpha = layer.getchannel("A")
+        layer = srgb(layer).convert("RGBA")
+        layer.putalpha(alpha)
         canvas = Image.new("RGBA", layer.size, (background, background, background, 255))
         canvas.alpha_composite(layer)
-        picture = canvas
-    return np.asarray(picture.convert("RGB"))
+        return np.asarray(canvas.convert("RGB"))
+    return np.asarray(srgb(picture).convert("RGB"))

@@ -20,6 +20,7 @@ LEVEL_OF = {
     "container.request": 1,
     "container.settings": 1,
     "container.telemetry": 1,
+    "container.colours": 1,
     "container.images": 2,
     "container.fetch": 2,
     "container.sandbox": 3,

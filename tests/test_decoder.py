@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from icc import display_p3, inks_that_print_white
 from PIL import Image as Pillow
 from structlog.testing import capture_logs
 
@@ -151,6 +152,8 @@ def corpus():
     yield "JPEG", file_of(upright, "JPEG", exif=turned, comment=b"a comment", icc_profile=b"a profile")
     yield "progressive JPEG", file_of(upright, "JPEG", progressive=True, exif=damaged)
     yield "CMYK JPEG", file_of(upright.convert("CMYK"), "JPEG")
+    yield "JPEG of a phone's colours", file_of(upright, "JPEG", icc_profile=display_p3(), exif=turned)
+    yield "JPEG of a printer's inks", file_of(upright.convert("CMYK"), "JPEG", icc_profile=inks_that_print_white())
     yield "grey JPEG", file_of(upright.convert("L"), "JPEG")
     yield "a phone's JPEG", file_of(upright, "MPO", save_all=True, append_images=[upright])
     yield "PNG", file_of(upright, exif=turned)
@@ -207,11 +210,12 @@ def test_a_refusal_costs_no_process(decoder):
 
 
 def test_the_largest_picture_that_is_permitted_fits_into_the_memory(decoder, monkeypatch):
-    """50 megapixels of WebP with alpha that are to be turned: what takes most."""
+    """50 megapixels of WebP with alpha and a profile that are to be turned: what takes most."""
     monkeypatch.setattr(container.decoder, "PICTURE_S", 200.0)
     turned = Pillow.Exif()
     turned[0x0112] = 6
-    content = file_of(Pillow.new("RGBA", (8160, 6120), (9, 9, 9, 128)), "WEBP", quality=1, method=0, exif=turned)
+    large = Pillow.new("RGBA", (8160, 6120), (9, 9, 9, 128))
+    content = file_of(large, "WEBP", quality=1, method=0, exif=turned, icc_profile=display_p3())
     picture = decoder.decode(content, soon(200))
     assert picture.shape == (8160, 6120, 3)
     assert np.abs(picture[::500, ::500].astype(int) - 132).max() <= 2

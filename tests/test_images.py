@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFile, PngImagePlugin, WebPImagePlugin
+from icc import display_p3, inks_that_print_white, linear_grey
+from PIL import Image, ImageCms, ImageFile, PngImagePlugin, WebPImagePlugin
 
 from container import images
 from container.errors import (
@@ -251,6 +252,55 @@ def test_pillow_is_not_told_to_make_up_missing_parts():
 def test_a_damaged_png_is_not_decodable(content):
     with pytest.raises(ImageNotDecodable):
         decode(content)
+
+
+def interlaced(pixels):
+    """A PNG of HWC uint8 RGB in the seven passes of Adam7; Pillow does not write them."""
+    passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+    rows = [b"\x00" + row.tobytes() for x, y, across, down in passes for row in pixels[y::down, x::across]]
+    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 8, 2, 0, 0, 1)
+    return PNG + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"".join(rows))) + chunk(b"IEND", b"")
+
+
+def with_fewer_rows(content, missing_bytes):
+    """The PNG with its last bytes of rows left out, and everything else as it should be."""
+    of_rows = b"".join(content[at + 8 : at + 8 + length] for at, kind, length in chunks_of(content) if kind == b"IDAT")
+    kept = zlib.compress(zlib.decompress(of_rows)[:-missing_bytes])
+    header = content[: 8 + 25]
+    palette = [content[at : at + 12 + length] for at, kind, length in chunks_of(content) if kind == b"PLTE"]
+    return header + b"".join(palette) + chunk(b"IDAT", kept) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "I;16"])
+def test_a_png_whose_last_row_is_missing_is_not_decodable(mode):
+    stored = Image.fromarray(gradient()).convert("I" if mode == "I;16" else mode)
+    content = file_of(stored.convert("I;16") if mode == "I;16" else stored, "PNG")
+    decode(content)
+    with pytest.raises(ImageNotDecodable, match="rows"):
+        decode(with_fewer_rows(content, 1))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (65, 67), (71, 80)])
+def test_an_interlaced_png_is_read_and_needs_all_its_rows(size):
+    content = interlaced(gradient(*size))
+    assert np.array_equal(decode(content), gradient(*size))
+    with pytest.raises(ImageNotDecodable, match="rows"):
+        decode(with_fewer_rows(content, 1))
+
+
+def test_a_png_of_many_pieces_is_read():
+    picture = Image.fromarray(noise(300, 200))
+    of_rows = b"".join(b"\x00" + row.tobytes() for row in noise(300, 200))
+    deflated = zlib.compress(of_rows)
+    pieces = b"".join(chunk(b"IDAT", deflated[at : at + 1000]) for at in range(0, len(deflated), 1000))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 300, 200, 8, 2, 0, 0, 0))
+    assert np.array_equal(decode(PNG + header + pieces + chunk(b"IEND", b"")), np.asarray(picture))
+
+
+def test_a_png_without_the_palette_that_its_pixels_name_is_not_decodable():
+    content = file_of(Image.fromarray(gradient()).convert("P"), "PNG")
+    with pytest.raises(ImageNotDecodable, match="palette"):
+        decode(without_chunk(content, b"PLTE"))
 
 
 def test_a_png_that_claims_sides_of_2_to_the_31_is_damaged():
@@ -500,6 +550,75 @@ def test_transparency_survives_being_turned_upright():
     stored = Image.new("P", (64, 80), 0)
     content = file_of(stored, "PNG", transparency=0, exif=with_exif_orientation(6))
     assert (decode(content) == 255).all()
+
+
+# --- colours
+
+
+def as_display_p3(picture):
+    """What a phone stores of an sRGB picture."""
+    return ImageCms.profileToProfile(
+        picture, ImageCms.createProfile("sRGB"), ImageCms.ImageCmsProfile(io.BytesIO(display_p3()))
+    )
+
+
+@pytest.mark.parametrize(
+    ("file_format", "options"),
+    [("PNG", {}), ("WEBP", {"lossless": True}), ("JPEG", {"quality": 100, "subsampling": 0})],
+)
+def test_a_phones_colours_are_brought_to_srgb(file_format, options):
+    seen = Image.fromarray(gradient())
+    stored = as_display_p3(seen)
+    assert psnr(np.asarray(stored), np.asarray(seen)) < 30
+    pixels = decode(file_of(stored, file_format, icc_profile=display_p3(), **options))
+    assert psnr(pixels, np.asarray(seen)) > (40 if file_format == "JPEG" else 48)
+
+
+def test_the_colours_under_transparency_are_brought_to_srgb_and_the_background_is_not():
+    stored = as_display_p3(Image.fromarray(gradient())).convert("RGBA")
+    stored.paste((9, 9, 9, 0), (0, 0, 48, 80))
+    pixels = decode(file_of(stored, "PNG", icc_profile=display_p3()))
+    assert (pixels[:, :48] == 255).all()
+    assert psnr(pixels[:, 48:], gradient()[:, 48:]) > 48
+
+
+def test_a_palette_is_brought_to_srgb():
+    stored = as_display_p3(Image.fromarray(gradient())).quantize(256)
+    plain = decode(file_of(stored.convert("RGB"), "PNG", icc_profile=display_p3()))
+    assert np.array_equal(decode(file_of(stored, "PNG", icc_profile=display_p3())), plain)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA"])
+def test_greys_are_brought_to_srgb(mode):
+    stored = Image.new("L", (64, 64), 128).convert(mode)
+    assert np.abs(decode(file_of(stored, "PNG", icc_profile=linear_grey()))[9, 9].astype(int) - 188).max() <= 1
+
+
+def test_inks_are_brought_to_srgb_by_their_profile():
+    stored = Image.new("CMYK", (64, 64), (255, 255, 0, 0))
+    pixels = decode(file_of(stored, "JPEG", icc_profile=inks_that_print_white()))
+    assert pixels.min() >= 254
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
+        b"no profile",
+        display_p3()[:300],
+        linear_grey(),
+        inks_that_print_white(),
+        b"\xff" * 5000,
+    ],
+    ids=["sRGB", "words", "broken", "of greys", "of inks", "noise"],
+)
+def test_a_profile_that_says_nothing_of_the_picture_changes_nothing(profile):
+    assert np.array_equal(decode(photo("PNG", icc_profile=profile)), gradient())
+
+
+def test_the_levels_of_a_mask_are_what_is_stored_whatever_its_profile():
+    mask = Image.fromarray(np.tile(np.arange(96, dtype=np.uint8), (80, 1)))
+    assert np.array_equal(decode_mask(file_of(mask, "PNG", icc_profile=linear_grey())), np.asarray(mask))
 
 
 def test_a_mask_has_one_grey_level_per_pixel():
