@@ -23,7 +23,7 @@ from container.errors import (
     StorageFailed,
 )
 from container.fetch import Fetcher
-from container.images import FILE_OF, encode
+from container.images import FILE_OF, MAX_WEBP_SIDE, encode
 from container.notify import Notifier, completion
 from container.person_masks import PersonMasker
 from container.request import MAX_SEED, RANDOM_SEED, CallContext, Quality, TryOnRequest, TryOnResult
@@ -177,6 +177,7 @@ class TryOnService:
     ) -> Finished:
         contents = self._fetch(request, deadline, times, context)
         pictures, cache = self._pictures(request, contents, deadline, times, context)
+        _check_format(request, pictures.person)
         with times.measure("prepare"):
             inputs = prepare(pictures, self._defaults.join, self._defaults.width, self._defaults.height)
         settings = _generation_settings(request, inputs, context)
@@ -312,6 +313,12 @@ def _mask_of_photo(pictures: Pictures, inputs: TryOnInputs) -> Image:
     mask = np.zeros((height, width), np.uint8)
     mask[top:bottom, left:right] = _mask_at(pictures.mask, right - left, bottom - top)
     return mask
+
+
+def _check_format(request: TryOnRequest, person: Image) -> None:
+    """Refuses, before the picture is made, a format that cannot hold it."""
+    if request.output_format == "webp" and request.output_size == "person" and max(person.shape[:2]) > MAX_WEBP_SIDE:
+        raise InvalidRequest(f"{person.shape[1]}x{person.shape[0]} as WebP", field="output_format")
 
 
 def _answer(stored: StoredObject, bucket: str | None, cache: str | None, times: StageTimes) -> TryOnResult:

@@ -152,6 +152,19 @@ def test_the_persons_own_size_is_kept_when_asked_for(tmp_path, composite):
     assert np.array_equal(picture[:, :100], noise(300, 500, seed=9)[:, :100])  # beside the model's crop
 
 
+def test_a_photo_longer_than_webp_can_hold_is_refused_before_the_picture_is_made(tmp_path):
+    files = {**usual_files(), "person.png": png(noise(16_384, 2048, seed=9)), "mask.png": png(box_mask(16_384, 2048))}
+    engine = StandInEngine()
+    with running_app(tmp_path, fetcher=FakeFetcher(files), engine=engine) as app:
+        made = len(engine.made)
+        with pytest.raises(InvalidRequest) as refused:
+            run(app, output_size="person", output_format="webp")
+        assert refused.value.field == "output_format"
+        assert len(engine.made) == made
+        assert run(app, output_size="person", output_format="png").height == 16_384
+        assert run(app, output_format="webp", timestamp="t2").height == 1024
+
+
 def test_a_mask_of_another_size_is_scaled_to_the_person(tmp_path):
     files = {**usual_files(), "mask.png": png(box_mask(1024, 768))}
     with running_app(tmp_path, fetcher=FakeFetcher(files)) as app:
