@@ -10,7 +10,7 @@ from container.fetch import Fetcher
 from container.images import encode_mask
 from container.notify import Notifier, masks_completion
 from container.person_masks import PersonMasker, PersonMasks
-from container.request import CallContext, MaskRequest, MaskResult
+from container.request import CLOTH_TYPES, CallContext, MaskRequest, MaskResult
 from container.sharing import KeyLocks
 from container.storage import Storage, StoredObject, mask_key_for, same_job
 from container.telemetry import Metrics, StageTimes
@@ -80,9 +80,10 @@ class MaskService:
         return mask_key_for(request, self._key_prefix, cloth_type)
 
     def _stored(self, request: MaskRequest) -> dict[str, StoredObject]:
-        """What an earlier run of this job stored, which a fault may have ended half way."""
-        found = {name: self._storage.find(self._key(request, name)) for name in request.cloth_types}
-        return {name: same_job(one, request.job_id()) for name, one in found.items() if one is not None}
+        """What an earlier run of this job stored, which a fault may have ended half way; a mask of any type counts."""
+        found = {name: self._storage.find(self._key(request, name)) for name in CLOTH_TYPES}
+        own = {name: same_job(one, request.job_id()) for name, one in found.items() if one is not None}
+        return {name: own[name] for name in request.cloth_types if name in own}
 
     def _make(self, request: MaskRequest, deadline: float, times: StageTimes, context: CallContext) -> PersonMasks:
         with times.measure("fetch"):

@@ -162,6 +162,13 @@ def test_another_photo_under_the_same_timestamp_is_a_conflict(tmp_path):
             run(app, person_image_url="https://images.example/upper.png")
 
 
+def test_another_photo_is_a_conflict_though_it_is_masked_for_another_type(tmp_path):
+    with running_app(tmp_path, masker=StandInMasker()) as app:
+        run(app, cloth_types=["upper"])
+        with pytest.raises(JobConflict):
+            run(app, cloth_types=["lower"], person_image_url="https://images.example/upper.png")
+
+
 def test_a_fault_between_two_masks_loses_nothing(tmp_path):
     class FailsAtTheThird(LocalStorage):
         puts = 0
