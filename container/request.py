@@ -31,7 +31,8 @@ MAX_URL_CHARACTERS = 2048
 
 # A presigned URL is new for every call though it names the same picture: its signature is no part of a job's identity.
 SIGNATURE_PREFIXES = ("x-amz-", "x-goog-")
-SIGNATURE_PARAMETERS = frozenset({"awsaccesskeyid", "signature", "expires", "policy", "key-pair-id"})
+SIGNATURE_PARAMETERS = frozenset({"awsaccesskeyid", "googleaccessid", "signature", "expires", "policy", "key-pair-id"})
+SIGNERS = frozenset({"awsaccesskeyid", "googleaccessid", "key-pair-id"})  # with one, the other names are a signature's
 
 Identifier = Annotated[str, StringConstraints(pattern=r"\A[A-Za-z0-9][A-Za-z0-9_-]{0,63}\z")]
 Url = Annotated[str, StringConstraints(min_length=1, max_length=MAX_URL_CHARACTERS)]
@@ -281,12 +282,14 @@ def _unsigned(url: str) -> str:
     """The URL without the query parameters that only sign it."""
     try:
         parts = urlsplit(url)
-        query = parse_qsl(parts.query, keep_blank_values=True)
+        query = parse_qsl(parts.query, keep_blank_values=True, errors="surrogateescape")
     except ValueError:  # no URL at all: fetching it will be refused
         return url
+    names = {name.lower() for name, _ in query}
+    signing = SIGNATURE_PARAMETERS if "signature" in names and names & SIGNERS else frozenset()
     kept = [
         (name, value)
         for name, value in query
-        if name.lower() not in SIGNATURE_PARAMETERS and not name.lower().startswith(SIGNATURE_PREFIXES)
+        if name.lower() not in signing and not name.lower().startswith(SIGNATURE_PREFIXES)
     ]
-    return urlunsplit(parts._replace(query=urlencode(kept)))
+    return urlunsplit(parts._replace(query=urlencode(kept, errors="surrogateescape")))

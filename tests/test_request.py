@@ -239,6 +239,8 @@ def test_a_default_that_is_spelt_out_is_the_same_job():
         "X-Goog-Signature=1&X-Goog-Date=2",
         "AWSAccessKeyId=AKIA&Signature=a%2Fb&Expires=1731106801",
         "Policy=abc&Signature=def&Key-Pair-Id=K1",
+        "Expires=1731106801&Signature=def&Key-Pair-Id=K1",
+        "GoogleAccessId=me%40project&Expires=1731106801&Signature=def",
     ],
 )
 @pytest.mark.parametrize("name", ["person_image_url", "upper_cloth_url", "lower_cloth_url", "mask_image_url"])
@@ -278,6 +280,15 @@ def test_an_unsigned_part_of_the_query_is_part_of_the_jobs_identity():
     signed = "https://images.example/p.jpg?v={}&X-Amz-Signature={}"
     assert job_id(person_image_url=signed.format(1, "a")) == job_id(person_image_url=signed.format(1, "b"))
     assert job_id(person_image_url=signed.format(1, "a")) != job_id(person_image_url=signed.format(2, "a"))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("f=%BB%F3%C0%C7", "f=%C7%CF%C0%C7"), ("policy=red", "policy=blue"), ("expires=1", "expires=2"), ("f=%ff", "f=")],
+)
+def test_queries_that_name_different_pictures_are_different_jobs(one, other):
+    url = "https://images.example/p.jpg?{}"
+    assert job_id(person_image_url=url.format(one)) != job_id(person_image_url=url.format(other))
 
 
 def test_a_garment_that_the_cloth_type_does_not_use_is_no_part_of_the_jobs_identity():
