@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 MAX_BYTES = 15 * 1024 * 1024
 TOTAL_S = 10.0
 MAX_REDIRECTS = 3
+MAX_KEY_BYTES = 1024  # of S3
 HTTPS_PORT = 443
 HTTP_PORT = 80
 REDIRECTS = (301, 302, 303, 307, 308)
@@ -52,7 +53,8 @@ URL = re.compile(
     r"(?P<target>(?:/[A-Za-z0-9._~!$&'()*+,;=:@%/-]*)?(?:\?[A-Za-z0-9._~!$&'()*+,;=:@%/?-]*)?)"
 )
 LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-S3_URI = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/(?P<key>[A-Za-z0-9!_.*'()/-]{1,1024})")
+# A key as S3 has it, and not as it stands in a URL: what would be read in two ways is refused.
+S3_URI = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/(?P<key>[^%?#\\]{1,1024})")
 
 Resolve = Callable[[str, int], Iterable[str]]
 
@@ -213,8 +215,10 @@ class S3Fetcher:
         own = f"{self._key_prefix}users/{user_id}/"
         if match is None or match["bucket"] != self._bucket or not match["key"].startswith(own):
             raise UrlNotPermitted("not an object of this caller's")
-        if any(part in ("", ".", "..") for part in match["key"].split("/")):
+        if any(part in ("", ".", "..") for part in match["key"].split("/")) or not match["key"].isprintable():
             raise UrlNotPermitted("not a plain key")
+        if len(match["key"].encode()) > MAX_KEY_BYTES:
+            raise UrlNotPermitted("longer than S3's keys are")
         if time.monotonic() >= deadline:
             raise ImageSourceTimeout("no time was left")
         return self._read(match["key"])

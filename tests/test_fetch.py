@@ -915,7 +915,11 @@ def test_an_object_of_the_caller_is_read(s3):
         f"s3://{BUCKET}/shop/users/u1/%2e%2e/x.jpg",
         f"s3://{BUCKET}/shop/users/u1/x.jpg?versionId=1",
         f"s3://{BUCKET}/shop/users/u1/x.jpg\n",
-        f"s3://{BUCKET}/shop/users/u1/\u00e9.jpg",
+        f"s3://{BUCKET}/shop/users/u1/x\u2028.jpg",
+        f"s3://{BUCKET}/shop/users/u1/x\ud800.jpg",
+        f"s3://{BUCKET}/shop/users/u1/x#y.jpg",
+        f"s3://{BUCKET}/shop/users/u1/..\\x.jpg",
+        f"s3://{BUCKET}/shop/users/u1/" + "\u00e9" * 510,
         f"s3://{BUCKET}/",
         f"s3://{BUCKET}",
         "s3:///shop/users/u1/x.jpg",
@@ -926,6 +930,12 @@ def test_an_object_of_the_caller_is_read(s3):
 def test_an_object_that_is_not_the_callers_is_refused_unread(ref):
     with pytest.raises(UrlNotPermitted):
         from_s3(Deaf(), ref)
+
+
+@pytest.mark.parametrize("name", ["IMG 0001 (2).jpg", "a+b=c@d,e&f;g:h.jpg", "\uc0c1\uc758.jpg", "\u00e9t\u00e9.png"])
+def test_a_key_may_have_what_files_of_users_are_called(s3, name):
+    s3.put_object(Bucket=BUCKET, Key=f"shop/users/u1/items/{name}", Body=b"shirt")
+    assert from_s3(s3, f"s3://{BUCKET}/shop/users/u1/items/{name}") == b"shirt"
 
 
 def test_after_the_deadline_no_object_is_read():
