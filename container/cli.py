@@ -190,7 +190,8 @@ def _local_service() -> Iterator[tuple[App, FilesAndUrls, Path]]:
     """A service whose results lie in a folder that goes with the block; its errors end the command."""
     try:
         with tempfile.TemporaryDirectory() as kept:
-            settings = Settings.from_env(os.environ).model_copy(update={"bucket": None, "output_dir": Path(kept)})
+            here = {"bucket": None, "queue_url": None, "mask_queue_url": None, "output_dir": Path(kept)}
+            settings = Settings.from_env(os.environ).model_copy(update=here)
             configure_logging("WARNING")
             images = FilesAndUrls(https_fetcher(settings))
             app = build(settings, fetcher=images, progress=sys.stderr.isatty())

@@ -94,6 +94,18 @@ def test_paths_in_picture_out(run, pictures):
         assert strip.width > 3 * strip.height / 2
 
 
+def test_the_variables_of_an_endpoint_send_no_message_of_a_local_picture(run, pictures):
+    nobody = "http://127.0.0.1:9/123456789012/queue"
+    output = pictures / "dressed.jpg"
+    result = run(
+        *arguments(pictures, f"--output={output}"),
+        VTON_BUCKET="results",
+        VTON_QUEUE_URL=nobody,
+        VTON_MASK_QUEUE_URL=nobody,
+    )
+    assert (result.exit_code, output.exists()) == (0, True), result.stderr
+
+
 def test_the_output_is_not_overwritten_without_force(run, pictures):
     output = pictures / "there.jpg"
     output.write_bytes(b"mine")
