@@ -17,6 +17,7 @@ NAMES = {"person_image_url": "person_image", "mask_image_url": "mask_image"}  # 
 CALLER = {"userId": "rest", "timestamp": "upload"}  # where a form names none; nothing is stored under them
 CLOTH_TYPE = "upper"  # where a form names none
 MAX_BASE64 = 4 * -(-MAX_BYTES // 3)  # characters
+LINE_ENDS = {ord(end): None for end in "\r\n"}  # which `base64` of the shell writes every 76 characters
 DATA_URL = re.compile(r"data:[^,]{0,128};base64", re.IGNORECASE)  # what stands before its comma
 REFERENCE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,15}://")
 
@@ -74,6 +75,7 @@ def _file(name: str, value: object) -> bytes:
         head, _, encoded = value.partition(",")
         if not DATA_URL.fullmatch(head):
             raise InvalidRequest("a data URL without base64", field=name)
+    encoded = encoded.translate(LINE_ENDS)
     if len(encoded) > MAX_BASE64:
         raise ImageTooLarge(f"{len(encoded)} characters", field=name)
     try:

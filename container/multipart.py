@@ -134,6 +134,8 @@ async def _said(parts: list[tuple[str, UploadFile | str]], texts: frozenset[str]
     for name, part in parts:
         if name in form.fields or name not in {*IMAGES, *texts}:
             raise InvalidRequest("unknown or twice", field=name if name.isidentifier() and len(name) < 64 else None)
+        if isinstance(part, UploadFile) and not part.filename and not part.size:
+            continue  # what a browser sends where nobody chose a file
         if isinstance(part, UploadFile):
             content = await _content(name, part)
             form.fields[name] = upload_reference(content)

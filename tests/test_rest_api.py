@@ -278,6 +278,15 @@ PICTURES = tuple(
 )
 
 
+def test_a_file_that_nobody_chose_is_not_there(door):
+    """Browsers send an empty part without a name for it."""
+    empty = b'Content-Disposition: form-data; name="%s"; filename=""\r\nContent-Type: application/octet-stream'
+    plain = send(door, form_of(*PICTURES))
+    unchosen = send(door, form_of(*PICTURES, (empty % b"mask_image", b""), (empty % b"lower_cloth_image", b"")))
+    assert (unchosen.status_code, unchosen.headers["X-Job-Id"]) == (200, plain.headers["X-Job-Id"])
+    refused(send(door, form_of(PICTURES[0], (empty % b"cloth_image", b""))), 422, "invalid_request")
+
+
 @pytest.mark.parametrize(
     "body",
     [
