@@ -157,7 +157,7 @@ class LocalStorage:
                 return None
             return StoredObject(key, _etag(path.read_bytes()), _read_facts(_facts_path(path)))
         except (OSError, ValueError) as exc:
-            raise StorageFailed(f"{type(exc).__name__}: {exc}", retryable=False) from exc
+            raise StorageFailed(_reason(exc), retryable=False) from exc
 
     def put(self, key: str, content: bytes, content_type: str, facts: Mapping[str, str]) -> StoredObject:
         """Stores the object whole or not at all: its facts first, then its content, each by renaming."""
@@ -171,7 +171,7 @@ class LocalStorage:
             _write(_facts_path(path), json.dumps(dict(facts)).encode())
             _write(path, content)
         except OSError as exc:
-            raise StorageFailed(f"{type(exc).__name__}: {exc}", retryable=False) from exc
+            raise StorageFailed(_reason(exc), retryable=False) from exc
         return StoredObject(key, _etag(content), dict(facts))
 
 
@@ -238,6 +238,11 @@ def _write(path: Path, content: bytes) -> None:
     except OSError:
         Path(temporary).unlink()
         raise
+
+
+def _reason(exc: OSError | ValueError) -> str:
+    """Why, without the path, which has the user's id in it."""
+    return f"{type(exc).__name__}: {exc.strerror if isinstance(exc, OSError) else exc}"
 
 
 def _failed(response: Mapping[str, object]) -> StorageFailed:

@@ -383,6 +383,13 @@ def test_a_directory_that_is_a_file_is_a_failure(tmp_path):
     assert caught.value.retryable is False
 
 
+def test_a_failure_does_not_tell_whose_picture_it_was(tmp_path):
+    (tmp_path / "users").write_text("")
+    with pytest.raises(StorageFailed) as caught:
+        put(LocalStorage(tmp_path))
+    assert "users" not in str(caught.value)
+
+
 def test_the_facts_of_a_file_are_json(tmp_path):
     put(LocalStorage(tmp_path))
     assert json.loads((tmp_path / f"{KEY}.json").read_text()) == FACTS
