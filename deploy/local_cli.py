@@ -22,6 +22,7 @@ import click
 from boto3.exceptions import PythonDeprecationWarning
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+from click.core import ParameterSource
 from tqdm import tqdm
 
 from container.telemetry import configure_logging
@@ -109,7 +110,9 @@ def local(images: Path | None, output: Path, command: Sequence[str], **options: 
     S3, SQS and SNS are stand-ins too, unless AWS_ENDPOINT_URL or AWS_ENDPOINT_URL_S3, _SQS and _SNS name others. The
     endpoint's own settings come from VTON_ variables.
     """
-    if click.get_current_context().invoked_subcommand is not None:
+    context = click.get_current_context()
+    if context.invoked_subcommand is not None:
+        _refuse_options_of(context)
         return
     if not ENDPOINT_NAME.fullmatch(options["endpoint_name"]):
         _end("the name of an endpoint has letters, digits and hyphens, at most 63")
@@ -169,6 +172,14 @@ def transform_command(source: str, target: str, logs: Path, command: Sequence[st
     told = {"status": result.status, "records": result.records, "completed": result.completed, "failed": result.failed}
     click.echo(json.dumps(told, indent=2))
     sys.exit(EXIT_FAILED if result.failed else 0)
+
+
+def _refuse_options_of(context: click.Context) -> None:
+    """Options before a command's name are the group's, which then runs nothing that would heed them."""
+    given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        _end(f"{options} would be dropped: options of {context.invoked_subcommand} stand after it")
 
 
 @contextmanager

@@ -292,6 +292,9 @@ def test_a_transform_over_s3_uses_the_services_that_the_environment_names(tmp_pa
             assert client("s3", url).head_object(Bucket="shop", Key=each["object_key"])
 
 
+TRANSFORM_OF_FILE = ("transform", "--input", "file", "--output", "out")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -303,6 +306,8 @@ def test_a_transform_over_s3_uses_the_services_that_the_environment_names(tmp_pa
         (("--command", "it's"), "No closing quotation"),
         (("transform", "--input", "in", "--output", "out", "--command", " "), "--command names no program"),
         (("transform", "--input", "nothing", "--output", "out"), "there is no input"),
+        (("--command", "true", *TRANSFORM_OF_FILE), "--command would be dropped: options of transform stand after it"),
+        (("--output", "logs", "--time-limit", "60", *TRANSFORM_OF_FILE), "--output, --time-limit would be dropped"),
         (("transform", "--input", "file", "--output", "file"), "'file'"),
         (("transform", "--input", "file", "--output", "out", "--max-payload-mb", "101"), "from 1 to 100"),
         (("transform", "--input", "file", "--output", "out", "--max-payload-mb", "0"), "in chunks"),
