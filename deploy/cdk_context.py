@@ -10,6 +10,7 @@ import difflib
 import ipaddress
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Dict, List, Literal, Optional, Tuple
 
 from pydantic import (
@@ -31,6 +32,7 @@ REALTIME: Mode = "realtime"
 ASYNCHRONOUS: Mode = "asynchronous"
 OWN_NAME = re.compile(r"[^:@/]*")
 NAMES_OF_CDK = ("acknowledged-issue-numbers", "cli-telemetry")  # its command line keeps them in cdk.context.json
+DOCKERFILE = Path(__file__).resolve().parent.parent / "Dockerfile"
 JOBS = "asynchronous/"  # requests and answers of asynchronous jobs, all of which expire
 IMAGE = re.compile(
     r"(?P<account>[0-9]{12})\.dkr\.ecr\.(?P<region>[a-z0-9-]+)\.amazonaws\.com(\.cn)?/"
@@ -254,6 +256,8 @@ class Plan(BaseModel):
             raise ValueError("egress_cidrs needs vpc_id")
         if self.weights == BAKED and self.image is None:
             raise ValueError(f"weights {BAKED} needs image, one that carries them: a build of the target {BAKED}")
+        if self.image is None and not DOCKERFILE.exists():
+            raise ValueError("image must be named where the package is installed: the Dockerfile is in the repository")
         return self
 
     @model_validator(mode="after")

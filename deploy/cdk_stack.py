@@ -7,7 +7,6 @@ be; only endpoints are named, after their stack, for callers and alarms know the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from aws_cdk import CfnOutput, Duration, RemovalPolicy, Stack
 from aws_cdk import aws_ec2 as ec2
@@ -26,10 +25,10 @@ from constructs import Construct
 
 from container.settings import PREFIX
 from deploy.cdk_alarms import INSTANCES, Watch
-from deploy.cdk_context import ASYNCHRONOUS, IMAGE, JOBS, WEIGHTS_URI, Plan
+from deploy.cdk_context import ASYNCHRONOUS, DOCKERFILE, IMAGE, JOBS, WEIGHTS_URI, Plan
 from deploy.cdk_endpoint import Endpoint, Hosting, JobPlaces
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = DOCKERFILE.parent
 TARGET = "sagemaker"  # of the Dockerfile
 INPUTS, ANSWERS = f"{JOBS}inputs/", (f"{JOBS}outputs/", f"{JOBS}failures/")
 INPUT_DAYS = 1  # the fewest that there are; a job waits for 6 hours at most
@@ -124,9 +123,7 @@ class VtonStack(Stack):
         )
 
     def _expiries_of_jobs(self) -> list[s3.LifecycleRule]:
-        """None without an asynchronous endpoint: what lies there then is no job's."""
-        if ASYNCHRONOUS not in self._plan.modes:
-            return []
+        """Whatever the modes are: what jobs left is not to stay when their endpoint goes."""
         answers = [_expiry(self._plan.asynchronous_days, folder) for folder in ANSWERS]
         return [_expiry(INPUT_DAYS, INPUTS, noncurrent_days=INPUT_DAYS), *answers]
 
@@ -238,14 +235,14 @@ class VtonStack(Stack):
         )
 
     def _grant_interfaces(self, group: ec2.CfnSecurityGroup) -> None:
+        """In one statement: what does not fit into the role's policy the CDK puts into one that no model waits for."""
         own = [
             self.format_arn(service="ec2", resource="network-interface", resource_name="*"),
             self.format_arn(service="ec2", resource="security-group", resource_name=group.attr_group_id),
         ]
         own += [self.format_arn(service="ec2", resource="subnet", resource_name=name) for name in self._plan.subnet_ids]
-        changes = ("Create", "Delete")
-        self._grant(self.role, [f"ec2:{verb}NetworkInterface" for verb in changes], *own)
-        self._grant(self.role, [f"ec2:{verb}NetworkInterfacePermission" for verb in changes], *own)
+        changed = ("NetworkInterface", "NetworkInterfacePermission")
+        self._grant(self.role, [f"ec2:{verb}{thing}" for thing in changed for verb in ("Create", "Delete")], *own)
         looks = ("DhcpOptions", "NetworkInterfaces", "SecurityGroups", "Subnets", "Vpcs")
         self._grant(self.role, [f"ec2:Describe{thing}" for thing in looks], "*")
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from faults import synthesis
 from faults.synthesis import (
     CONTEXTS,
     ENDED_BY_A_REFUSAL,
@@ -138,12 +139,23 @@ WITHOUT_RESOURCE = {  # IAM knows none for them
     "ec2:DescribeSubnets",
     "ec2:DescribeVpcs",
 }
+LARGEST = {
+    **CONTEXTS["two"],
+    "stacks": "vton",
+    "weights": f"s3://shop-weights/{'a' * 900}/",  # a key has at most 1024 bytes
+    "key_prefix": f"{'p' * 50}/",
+    "vpc_id": "vpc-0123456789abcdef0",
+    "subnet_ids": [f"subnet-0123456789abcde{number:02x}" for number in range(16)],  # no model takes more
+    "encrypt_volume": True,
+}
 PHYSICAL_NAMES = re.compile(r"(Bucket|Queue|Topic|Role|Policy|Model|EndpointConfig|Alarm|Dashboard|Key)?Name")
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    return synthesize(tmp_path_factory.mktemp("synthesis"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(synthesis.CONTEXTS, "largest", LARGEST)
+        return synthesize(tmp_path_factory.mktemp("synthesis"))
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +235,13 @@ def test_a_wrong_context_value_is_refused_with_a_sentence_that_names_it(context,
 
 def test_every_context_value_is_tried_with_a_wrong_one():
     assert set(Plan.model_fields) - {name for context, _ in REFUSED for name in context} == set()
+
+
+def test_an_image_is_built_where_there_is_a_dockerfile_only(monkeypatch, tmp_path):
+    monkeypatch.setattr("deploy.cdk_context.DOCKERFILE", tmp_path / "Dockerfile")
+    with pytest.raises(PlanError, match="image must be named where the package is installed"):
+        Plan.from_context({})
+    assert Plan.from_context({"image": IMAGE}).image == IMAGE
 
 
 def test_the_defaults_and_the_context_of_cdk_itself_are_taken():
@@ -344,9 +363,10 @@ def test_requests_and_answers_of_jobs_expire_and_results_do_not(both):
     assert everywhere["ExpiredObjectDeleteMarker"] is True
 
 
-def test_without_jobs_nothing_expires(made):
+def test_what_jobs_left_expires_where_there_is_no_asynchronous_endpoint_any_more(made, both):
     rules = in_mode(made.template("default"), "S3::Bucket", "Bucket")["LifecycleConfiguration"]["Rules"]
-    assert not any("ExpirationInDays" in rule for rule in rules)
+    assert sum(rule.get("Prefix", "").startswith("asynchronous/") for rule in rules) == 3
+    assert rules == in_mode(both, "S3::Bucket", "Bucket")["LifecycleConfiguration"]["Rules"]
 
 
 def test_accesses_to_the_pictures_are_logged(both):
@@ -458,6 +478,20 @@ def test_the_model_waits_for_the_roles_policy(made):
         (policy,) = of_type(template, "IAM::Policy")
         models = [one for one in template["Resources"].values() if one["Type"] == "AWS::SageMaker::Model"]
         assert all(policy in one["DependsOn"] for one in models)
+
+
+def test_the_largest_role_fits_into_the_one_policy_that_models_wait_for(made):
+    """Else the CDK makes a managed policy of the rest, for which no model waits."""
+    template = made.template("largest")
+    assert not of_type(template, "IAM::ManagedPolicy")
+    (policy,) = of_type(template, "IAM::Policy")
+    models = [one for one in template["Resources"].values() if one["Type"] == "AWS::SageMaker::Model"]
+    assert [policy in one["DependsOn"] for one in models] == [True, True]
+    (statement,) = [one for one in role_statements(template) if "subnet/" in json.dumps(one["Resource"])]
+    assert set(statement["Action"]) == {
+        f"ec2:{verb}NetworkInterface{what}" for verb in ("Create", "Delete") for what in ("", "Permission")
+    }
+    assert all(f":subnet/{name}" in json.dumps(statement["Resource"]) for name in LARGEST["subnet_ids"])
 
 
 # --- the container
@@ -579,9 +613,10 @@ def test_two_stacks_share_no_name(made):
     assert "Export" not in json.dumps(made.template("two")["Outputs"])
 
 
-def test_another_instance_or_image_leaves_the_bucket_and_the_queues_as_they_are(made):
+@pytest.mark.parametrize("context", ["default", "jobs"])
+def test_another_instance_image_or_mode_leaves_the_bucket_and_the_queues_as_they_are(made, both, context):
     for kind in ("S3::Bucket", "SQS::Queue", "KMS::Key"):
-        assert of_type(made.template("jobs"), kind) == of_type(made.template("two"), kind)
+        assert of_type(made.template(context), kind) == of_type(both, kind)
 
 
 def variant_of(template, mode):
@@ -924,5 +959,5 @@ def test_cfn_lint_finds_nothing(made):
 
 
 def test_every_context_that_is_tried_is_one_that_a_user_could_give():
-    for context in CONTEXTS.values():
+    for context in (*CONTEXTS.values(), LARGEST):
         assert Plan.from_context(context)
