@@ -7,8 +7,11 @@ import pytest
 import torch
 from catvton_recipe import build_pipeline
 from diffusers import DDIMScheduler, PNDMScheduler
+from PIL import Image
 
+from bench.baseline import stock_unet
 from model.catvton import published
+from model.catvton.inputs import garment_tensor, mask_tensor, person_tensor
 from model.catvton.knobs import EXACT, QUALITIES, Knobs
 from model.catvton.latent_cache import LatentCache, content_key
 from model.catvton.pipeline import CatVTONPipeline
@@ -143,12 +146,54 @@ def test_the_layers_below_the_last_are_computed_in_every_so_many_steps(pipeline:
     assert 0 < float((changed - exact).square().mean()) < float(exact.square().mean())
 
 
-@pytest.mark.parametrize("name", ["person_only_unconditional", "garment_interval"])
-def test_a_size_without_halves_is_refused(pipeline: CatVTONPipeline, name: str) -> None:
-    factor = 2 ** (len(pipeline.unet.up_blocks) - 1) * pipeline.vae_scale_factor
-    knobs = Knobs(**{name: 2 if name == "garment_interval" else True})
-    with pytest.raises(ValueError, match="halved"):
-        draw(pipeline, knobs, height=factor + pipeline.vae_scale_factor)
+def drawn_by_two_forwards(pipeline: CatVTONPipeline, height: int, width: int) -> torch.Tensor:
+    """The person's latents by a stock UNet, shown the canvas with the garment and, without one, the person's half."""
+    unet, scheduler = stock_unet(pipeline.unet), DDIMScheduler.from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(STEPS)
+    person, garment, mask = ([Image.fromarray(picture)] for picture in pictures())
+    hole = mask_tensor(mask, width, height)
+    masked = person_tensor(person, width, height) * (hole < 0.5)
+    condition = pipeline.encode_condition(masked, garment_tensor(garment, width, height), hole, guided=True)
+    without, shown = condition.chunk(2)
+    generator = torch.Generator().manual_seed(3)
+    latents = pipeline.prepare_latents(1, height, width, generator)
+    rows = latents.shape[-2] // 2
+    for timestep in scheduler.timesteps:
+        prediction = unet(torch.cat([latents, shown], dim=1), timestep, None).sample
+        alone = unet(torch.cat([latents, without], dim=1)[:, :, :rows], timestep, None).sample
+        prediction[:, :, :rows] = alone + 2.5 * (prediction[:, :, :rows] - alone)
+        latents = scheduler.step(prediction, timestep, latents, eta=1.0, generator=generator).prev_sample
+    return pipeline.unscale(latents[:, :, :rows])
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (72, 40), (8, 24)])
+def test_the_person_alone_is_a_canvas_of_any_height(pipeline: CatVTONPipeline, height: int, width: int) -> None:
+    drawn = draw(pipeline, Knobs(person_only_unconditional=True), height=height, width=width)
+    with torch.no_grad():
+        expected = drawn_by_two_forwards(pipeline, height, width)
+    torch.testing.assert_close(drawn, expected, rtol=1e-3, atol=1e-3)
+
+
+def odd_height(pipeline: CatVTONPipeline) -> int:
+    """Of which the coarsest level has no half."""
+    return (2 ** (len(pipeline.unet.up_blocks) - 1) + 1) * pipeline.vae_scale_factor
+
+
+def test_a_height_without_halves_is_refused_before_a_picture_is_encoded(
+    pipeline: CatVTONPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "encode_condition", lambda *_, **__: pytest.fail("encoded"))
+    with pytest.raises(ValueError, match="garment_interval above 1 needs a height whose latents can be halved"):
+        draw(pipeline, Knobs(garment_interval=2), height=odd_height(pipeline))
+
+
+def test_a_width_need_not_have_halves(pipeline: CatVTONPipeline) -> None:
+    assert torch.isfinite(draw(pipeline, Knobs(garment_interval=2), width=odd_height(pipeline))).all()
+
+
+def test_one_step_reuses_no_half_and_wants_none(pipeline: CatVTONPipeline) -> None:
+    once = {"height": odd_height(pipeline), "num_inference_steps": 1}
+    assert torch.equal(draw(pipeline, Knobs(garment_interval=2), **once), draw(pipeline, **once))
 
 
 @pytest.mark.parametrize("solver", ["dpm++", "unipc"])

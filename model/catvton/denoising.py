@@ -11,7 +11,7 @@ from model.catvton.halves import WHOLE, GarmentFeatures, PersonHalf, RecordedCan
 from model.catvton.knobs import Knobs
 from model.catvton.network import DeepFeatures
 
-HALVES = "the knobs need a height and width whose latents can be halved at every level of the unet"
+HALVES = "garment_interval above 1 needs a height whose latents can be halved at every level of the unet"
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Denoising:
         knobs: what may be reused.
         timesteps: (N,), on the device.
     Raises:
-        ValueError: the canvas has no halves that the knobs could work on.
+        ValueError: as of `check_halves`.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class Denoising:
         knobs: Knobs,
         timesteps: torch.Tensor,
     ) -> None:
+        check_halves(unet, condition.shape[-2] // 2, knobs, len(timesteps))
         self._unet = unet
         self._guidance = guidance
         self._knobs = knobs
@@ -65,8 +66,6 @@ class Denoising:
         self._middle = condition.shape[-2] // 2
         self._branches: dict[str, Branch] = {}
         self._is_compiled = getattr(unet, "_compiled_call_impl", None) is not None
-        if (knobs.garment_interval > 1 or knobs.person_only_unconditional) and not self._has_halves(condition):
-            raise ValueError(HALVES)
 
     def predict(self, latents: torch.Tensor, index: int) -> torch.Tensor:
         """The guided prediction for (B, C, rows, columns) latents at a step; float32."""
@@ -127,5 +126,15 @@ class Denoising:
             deep.kept = deep.kept.clone()
         return predicted
 
-    def _has_halves(self, condition: torch.Tensor) -> bool:
-        return bool(condition.shape[-2] % 2 ** len(self._unet.up_blocks) == 0)
+
+def check_halves(unet: Any, rows: int, knobs: Knobs, steps: int) -> None:  # noqa: ANN401 - diffusers has no types
+    """Raise ValueError where a step is to compute the person's half alone, and some level of the UNet has none.
+
+    Args:
+        unet: a `TryOnUNet`.
+        rows: of the person's latents.
+        knobs: of the call; with person_only_unconditional alone, the person is a canvas of its own, of any height.
+        steps: of the call; the first computes both halves.
+    """
+    if knobs.garment_interval > 1 and steps > 1 and rows % 2 ** (len(unet.up_blocks) - 1):
+        raise ValueError(HALVES)

@@ -19,7 +19,8 @@ class Knobs:
             want fewer steps.
         guided_share: the first share of the steps that are guided, 0-1; the others show the garment alone.
         person_only_unconditional: the unconditional branch sees the person's half alone.
-        garment_interval: the garment's half is computed in every so many steps, and reused in between.
+        garment_interval: the garment's half is computed in every so many steps, and reused in between; above 1 it
+            needs a height whose latents can be halved at every level of the UNet.
         deep_interval: all layers below the last are computed in every so many steps, and reused in between.
     Raises:
         ValueError: a value is out of range, or both halves of a step would be reused at once.

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from model.catvton.attention import without_cross_attention
 from model.catvton.checkpoint import load_components
-from model.catvton.denoising import Denoising
+from model.catvton.denoising import Denoising, check_halves
 from model.catvton.inputs import (
     Pictures,
     check_generator,
@@ -157,7 +157,7 @@ class CatVTONPipeline(DiffusionPipeline):  # type: ignore[misc]
         people, garments, masks = matched_lists(person_image, garment_image, mask_image)
         check_generator(generator, len(people))
         check_scales(guidance_scale=guidance_scale, eta=eta)
-        self.check_settings(height, width, num_inference_steps, output_type, knobs.solver)
+        self.check_settings(height, width, num_inference_steps, output_type, knobs)
         # 2. Crop, fit and scale the pictures
         person = person_tensor(people, width, height)  # (B, 3, H, W)
         garment = garment_tensor(garments, width, height)  # (B, 3, H, W)
@@ -182,19 +182,22 @@ class CatVTONPipeline(DiffusionPipeline):  # type: ignore[misc]
         return CatVTONPipelineOutput(images, flags) if return_dict else (images, flags)
 
     def check_settings(
-        self, height: int, width: int, num_inference_steps: int, output_type: str, solver: str = EXACT.solver
+        self, height: int, width: int, num_inference_steps: int, output_type: str, knobs: Knobs = EXACT
     ) -> None:
-        """Raise ValueError for a size, a number of steps or an output type that cannot be had."""
+        """Raise ValueError for a size, a number of steps or an output type that cannot be had, with these knobs."""
         for name, size in (("height", height), ("width", width)):
             if not isinstance(size, int) or size < 1 or size % self.vae_scale_factor:
                 raise ValueError(f"{name} must be a positive multiple of {self.vae_scale_factor}, not {size!r}")
         if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be a whole number of at least 1, not {num_inference_steps!r}")
-        most = most_steps(self.scheduler, solver)
+        most = most_steps(self.scheduler, knobs.solver)
         if num_inference_steps > most:
-            raise ValueError(f"num_inference_steps must be at most {most} with {solver}, not {num_inference_steps}")
+            raise ValueError(
+                f"num_inference_steps must be at most {most} with {knobs.solver}, not {num_inference_steps}"
+            )
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}")
+        check_halves(self.unet, height // self.vae_scale_factor, knobs, num_inference_steps)
 
     def encode_condition(
         self, masked: torch.Tensor, garment: torch.Tensor, mask: torch.Tensor, *, guided: bool
