@@ -35,9 +35,11 @@ from model import ENGINES, choose_masker, device_of, load_engine, load_masker, w
 from model.interface import (
     BALANCED,
     EXACT,
+    Engine,
     EngineOptions,
     GenerationSettings,
     MaskerOptions,
+    OutOfMemory,
     PersonNotFound,
     TryOnInputs,
 )
@@ -267,6 +269,9 @@ def _warm_up(settings: Settings, models: Models) -> None:
     """A throw-away picture, on CUDA at the size of the real ones; a masker finds nobody on it.
 
     Where forwards are compiled, all of them are here, on any device at that size: in a request they would take minutes.
+
+    Raises:
+        EngineError: a picture could not be made by itself, or a mask.
     """
     began = time.monotonic()
     width, height, steps = settings.width, settings.height, WARM_UP_STEPS
@@ -279,15 +284,24 @@ def _warm_up(settings: Settings, models: Models) -> None:
     wanted = GenerationSettings(steps, settings.guidance, 0, width, height, settings.quality)
     models.engine.generate(inputs, wanted)
     if settings.compile != "off":
-        for count, guidance, quality in product(
-            range(1, settings.max_batch + 1), (GUIDED, UNGUIDED), (EXACT, BALANCED)
-        ):
-            others = replace(wanted, guidance=guidance, quality=quality)
-            models.engine.generate_batch([inputs] * count, [others] * count)
+        _warm_up_batches(models.engine, inputs, wanted, settings.max_batch)
     if models.masker is not None:
         with suppress(PersonNotFound):
             models.masker.mask(grey, "overall")
     log.info("warmed_up", width=width, height=height, steps=steps, elapsed_ms=_ms_since(began))
+
+
+def _warm_up_batches(engine: Engine, inputs: TryOnInputs, wanted: GenerationSettings, max_batch: int) -> None:
+    """Pictures of every kind, in batches up to the first that finds too little memory: the worker halves such a one."""
+    for count, guidance, quality in product(range(1, max_batch + 1), (GUIDED, UNGUIDED), (EXACT, BALANCED)):
+        others = replace(wanted, guidance=guidance, quality=quality)
+        try:
+            engine.generate_batch([inputs] * count, [others] * count)
+        except OutOfMemory as exc:
+            if count == 1:
+                raise
+            log.warning("batch_too_large", pictures=count, max_batch=max_batch, reason=str(exc))
+            return
 
 
 def _ms_since(began: float) -> float:

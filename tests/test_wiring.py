@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import structlog
 from catvton_recipe import write_published_layout
 from stand_in import StandInEngine
 
@@ -19,7 +20,7 @@ from container.settings import Settings
 from container.storage import LocalStorage
 from container.worker import FIRST_ESTIMATE_S, Models, Worker
 from model import device_of, without
-from model.interface import PersonNotFound
+from model.interface import OutOfMemory, PersonNotFound
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROGRAM = """
@@ -124,6 +125,45 @@ def test_every_forward_that_is_compiled_is_compiled_at_the_start(monkeypatch, de
     environ = {"VTON_COMPILE": "inductor", "VTON_MAX_BATCH": "2"}
     wiring._warm_up(Settings.from_env(environ), Models(engine, None))
     assert batches == set(itertools.product((1, 2), (True, False), ("exact", "balanced")))
+
+
+class SmallEngine(StandInEngine):
+    """Finds memory for so many pictures at once."""
+
+    def __init__(self, most):
+        super().__init__()
+        self.most, self.asked = most, []
+
+    def generate_batch(self, inputs, settings):
+        self.asked.append(len(inputs))
+        if len(inputs) > self.most:
+            raise OutOfMemory("CUDA out of memory")
+        return [self.generate(*each) for each in zip(inputs, settings)]
+
+
+def compiling(max_batch):
+    size = {"VTON_WIDTH": "256", "VTON_HEIGHT": "256"}
+    return Settings.from_env({"VTON_COMPILE": "inductor", "VTON_MAX_BATCH": str(max_batch), **size})
+
+
+def test_a_batch_for_which_the_memory_does_not_do_ends_the_warm_up_of_batches_and_not_the_process():
+    engine, masker = SmallEngine(4), NobodyMasker()
+    with structlog.testing.capture_logs() as lines:
+        worker = Worker(lambda: Models(engine, masker), lambda models: wiring._warm_up(compiling(8), models), 8, 8)
+        worker.start()
+        try:
+            assert worker.wait_until_loaded(20)
+        finally:
+            worker.stop(5)
+    assert engine.asked == [count for count in (1, 2, 3, 4) for _ in range(4)] + [5]
+    assert len(masker.seen) == 1
+    (told,) = [line for line in lines if line["log_level"] == "warning"]
+    assert (told["event"], told["pictures"], told["max_batch"]) == ("batch_too_large", 5, 8)
+
+
+def test_a_single_picture_for_which_the_memory_does_not_do_ends_the_start():
+    with pytest.raises(OutOfMemory):
+        wiring._warm_up(compiling(8), Models(SmallEngine(0), None))
 
 
 def test_the_device_is_the_one_that_the_engine_takes():
