@@ -278,7 +278,12 @@ def whole_latents(_context: click.Context, _option: click.Parameter, pixels: int
 @click.option(
     "--limit-s", type=click.FloatRange(1), default=360, show_default=True, help="After the warm-ups; none begins later."
 )
-@click.option("--record", "recording", is_flag=True, help="Keep the comparison in bench/results and bench/README.md.")
+@click.option(
+    "--record",
+    "recording",
+    is_flag=True,
+    help="Keep the comparison in bench/results, and that of the promises in bench/README.md.",
+)
 @json_option()
 def main(
     config: str | None,

@@ -1,4 +1,4 @@
-"""Keep what was measured: a file per device and day, and the tables of bench/README.md between their markers."""
+"""Keep what was measured: a file per device, configuration and day, and bench/README.md's tables between markers."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ from typing import Any
 
 from bench.files import write_json, write_whole
 from bench.memory import peak_text
+from bench.sizes import SIZES
 from bench.verdicts import ratio_text, verdicts
 
 HERE = Path(__file__).parent
 COMPARISON, DRIFT = "comparison", "drift"
 NONE_YET = "Nothing is recorded yet."
+PROMISED = {"cuda": ("sd15", "float16"), "cpu": ("small", "float32")}  # what the promises speak of, at its own size
 
 
 def record(report: dict[str, Any], day: date, root: Path = HERE) -> Path:
-    """Write `results/<device>-<day>.json` and make the README's tables again from all that is there.
+    """Write `results/<device>-<day>.json` and make the README's table again from all that is there.
+
+    A configuration of which nothing is promised goes to `<device>-<config>-<height>x<width>-<dtype>-<day>.json`, and
+    leaves the README as it is.
 
     Args:
         report: of `bench.pipeline --compare`.
@@ -27,33 +32,46 @@ def record(report: dict[str, Any], day: date, root: Path = HERE) -> Path:
     Returns:
         The file.
     Raises:
-        ValueError: the README has no place for the tables.
+        ValueError: the README has no place for the table.
         OSError: a file cannot be written.
     """
     path = root / "results" / f"{slug(report)}-{day.isoformat()}.json"
     write_json(path, report)
-    put(root / "README.md", COMPARISON, tables(root / "results"))
+    if is_promised(report):
+        put(root / "README.md", COMPARISON, tables(root / "results"))
     return path
 
 
 def slug(report: dict[str, Any]) -> str:
-    """The GPU's name in lower case with dashes, or "cpu"."""
-    if report["device"] != "cuda":
-        return str(report["device"])
-    return re.sub(r"[^a-z0-9]+", "-", report["device_name"].lower()).strip("-")
+    """The GPU's name in lower case with dashes, or "cpu", and the configuration unless it is the promises'."""
+    name = str(report["device"])
+    if report["device"] == "cuda":
+        name = re.sub(r"[^a-z0-9]+", "-", report["device_name"].lower()).strip("-")
+    if is_promised(report):
+        return name
+    return f"{name}-{report['config']}-{report['height']}x{report['width']}-{report['dtype']}"
+
+
+def is_promised(report: dict[str, Any]) -> bool:
+    """Whether it is of the configuration that the promises speak of on such a device."""
+    config, dtype = PROMISED[report["device"]]
+    size = SIZES[config]
+    found = (report["config"], report["dtype"], report["height"], report["width"])
+    return found == (config, dtype, size.height, size.width)
 
 
 def tables(results: Path) -> str:
-    """A table for the newest file of each device, in the order of their names."""
-    newest: dict[str, Path] = {}
+    """A table for the newest file of each device in the promises' configuration, in the order of their names."""
+    newest: dict[str, str] = {}
     for path in sorted(results.glob("*-????-??-??.json")):
-        newest[path.stem[: -len("-2000-01-01")]] = path
-    return "\n\n".join(map(table_of_file, newest.values())) or NONE_YET
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if is_promised(report):
+            newest[slug(report)] = table_of_file(path, report)
+    return "\n\n".join(newest.values()) or NONE_YET
 
 
-def table_of_file(path: Path) -> str:
-    """The heading, the circumstances and the table of one file."""
-    report = json.loads(path.read_text(encoding="utf-8"))
+def table_of_file(path: Path, report: dict[str, Any]) -> str:
+    """The heading, the circumstances and the table of one file and the report in it."""
     circumstances = (
         f"{report['config']}, {report['height']}x{report['width']} (height x width), {report['dtype']}, "
         f"{report['rounds']} rounds on {report['clock']}, load average {report['load_average'][0]:g}; "
