@@ -55,7 +55,8 @@ GPU_STEPS := gpu-bench gpu-test
 gpu: install
 	$(MAKE) --keep-going --jobs=1 $(GPU_STEPS)
 
-# For a machine without network, whose python3 (of GPU_PYTHON, on x86_64) has torch, accelerate, transformers and pytest.
+# For a machine without network, whose python3 (of GPU_PYTHON, on x86_64) has torch, accelerate, transformers, click,
+# httpx, opencv-python-headless, pillow, pytest, pytest-timeout and requests, and what these bring: numpy among it.
 GPU_PYTHON := 3.12
 GPU_WHEELS := annotated-types diffusers pydantic pydantic-core typing-extensions typing-inspection
 gpu-wheels: install
