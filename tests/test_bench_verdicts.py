@@ -148,7 +148,7 @@ def test_a_broken_promise_is_told_everywhere_and_by_the_exit_status(monkeypatch,
     assert f"\n{said}\n" in compare.terminal_table(report)
     path = tmp_path / "gpu-2026-11-21.json"
     record.write_json(path, report)
-    assert f"\n- {said}" in record.table_of_file(path)
+    assert f"\n- {said}" in record.table_of_file(path, report)
     monkeypatch.setattr(pipeline, "run", lambda job, **_: report)
     done = CliRunner().invoke(main, OPTIONS)
     assert done.exit_code == 1
